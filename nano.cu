@@ -1,0 +1,1085 @@
+// nano.cu: a minimal LLM inference engine. Offline generation on the command line, to be read from
+// top to bottom, to be forked. The way of a token:
+//
+//   text -> ids (model.hpp) -> Sequence -> blocks (cache.hpp) -> Step (flat arrays) -> forward
+//        -> logits -> sampler.hpp -> id, back into the Sequence and on the screen
+//
+// Chapters: 1 the step and its memory   2 the ops on the CPU   3 the forward pass   4 the engine
+//           5 the commands   6 main
+// Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
+//           F intermediate size, V vocabulary, L layers. All arrays are row-major.
+// Tests and forks include this file with NANOCU_NO_MAIN defined.
+#include <omp.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <csignal>
+#include <deque>
+#include <iostream>
+#include <numeric>
+#include <optional>
+#include <random>
+
+#include "cache.hpp"
+#include "model.hpp"
+#include "sampler.hpp"
+
+constexpr int kLogitRows = 64;   // rows whose logits are in memory at a time
+constexpr int kPrefetch = 8192;  // weights fetched ahead of their use on a CPU, in numbers
+
+// =============================================================================================
+// 1. The step and its memory
+// =============================================================================================
+
+// What the ops see of one iteration: T tokens of several sequences, each token one row.
+struct Step {
+    vector<int> ids, positions;  // [T]
+    vector<int> sequence;        // [T], whose token this is: a row of tables
+    vector<int> tables;          // [sequences, table_width], block tables
+    int table_width = 0;
+    vector<int> logit_rows;      // the rows whose logits are asked for
+    vector<Cache::Copy> copies;  // blocks to copy before anything is written
+
+    int tokens() const { return int(ids.size()); }
+    const int* table(int row) const { return &tables[size_t(sequence[row]) * table_width]; }
+};
+
+// Keys and values, in float. Inside a block a head's keys are transposed: one vector holds the same
+// component of eight tokens. Memory is real only once it is touched.
+struct KvMemory {
+    const Config& c;
+    float* data;  // [blocks, L, 2 (keys, values), KV, HD * 16]
+
+    KvMemory(const Config& c, int blocks) : c(c), data((float*)calloc(blocks, block_bytes(c))) {
+        if (!data) fail("KV memory: ", blocks, " blocks are too much; lower --kv-memory");
+    }
+    KvMemory(const KvMemory&) = delete;
+    ~KvMemory() { free(data); }
+
+    static size_t token_bytes(const Config& c) { return sizeof(float) * c.layers * 2 * c.kv_dim(); }
+    static size_t block_bytes(const Config& c) { return token_bytes(c) * kBlockSize; }
+    std::span<float> block(int b) {
+        size_t size = block_bytes(c) / sizeof(float);
+        return {data + size * b, size};
+    }
+    float* keys(int layer, int block, int head) {  // [HD, 16]
+        size_t at = (size_t(block) * c.layers + layer) * 2 * c.kv_heads + head;
+        return data + at * c.head_dim * kBlockSize;
+    }
+    float* values(int layer, int block, int head) {  // [16, HD]
+        return keys(layer, block, c.kv_heads + head);
+    }
+};
+
+// What flows from op to op, in float.
+struct Activations {
+    vector<float> x;             // [T, D], the residual stream
+    vector<float> normed;        // [T, D]
+    vector<float> qkv, att;      // [T, (H + 2 KV) HD], [T, H HD]
+    vector<float> h;             // [T, F]
+    vector<float> cosine, sine;  // [T, HD / 2], of the position's angles
+    vector<float> logits;        // [kLogitRows, V]
+
+    Activations(const Config& c, size_t tokens)
+        : x(tokens * c.hidden), normed(std::max<size_t>(tokens, kLogitRows) * c.hidden),
+          qkv(tokens * c.qkv_dim()), att(tokens * c.q_dim()), h(tokens * c.intermediate),
+          cosine(tokens * c.head_dim / 2), sine(cosine), logits(size_t(kLogitRows) * c.vocab) {}
+};
+
+// =============================================================================================
+// 2. The ops on the CPU: bf16 weights, float everything else, OpenMP.
+//    The bits of a row depend on nothing but its own tokens: every sum has one order, whatever the
+//    batch, the chunk or the number of threads.
+// =============================================================================================
+
+namespace cpu {
+
+// Eight lanes, at any address.
+typedef float f32x8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(2), may_alias));
+
+// One copy of a function for any x86-64-v3, one for AVX-512 with its 32 registers.
+#define NANOCU_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
+
+float sum_of(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// exp(x) for x <= 0, relative error under 2e-7: 2^n times a polynomial on [-ln2 / 2, ln2 / 2].
+inline __attribute__((always_inline)) void exp8(f32x8& x) {
+    x = x > -87.0f ? x : f32x8{} - 87.0f;
+    f32x8 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
+    f32x8 n = shifted - 12582912.0f;
+    f32x8 r = x - n * 0.693359375f + n * 2.12194440e-4f, p = f32x8{} + 1 / 5040.0f;
+    for (float c : {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+    x = p * (f32x8)(((u32x8)shifted << 23) + 0x3F800000u);
+}
+
+// A row that is multiplied with weights has its 16-groups in the order 0 2 4 .. 14 1 3 .. 15: then
+// a shift and a mask split a vector of bf16 into the two of floats that go with it.
+inline int paired(int i) { return (i & ~15) + (i & 1) * 8 + (i & 15) / 2; }
+
+// The heart of it: R rows of x [R, K] times 4 rows of weights, each sum a chain of 8 lanes along K.
+// R is how many rows share a weight while it is in a register. out: [R, 4].
+template <int R>
+NANOCU_CLONES void tile(const float* x, int K, const bf16* const w[4], float* out) {
+    f32x8 sum[R][4] = {};
+    for (int k = 0; k < K; k += 16) {
+        f32x8 even[4], odd[4];
+        for (int j = 0; j < 4; j++) {
+            u32x8 pairs = *(const u32x8*)(w[j] + k);
+            even[j] = (f32x8)(pairs << 16);
+            odd[j] = (f32x8)(pairs & 0xFFFF0000u);
+            __builtin_prefetch(w[j] + k + kPrefetch, 0, 2);  // into L2: L1 has few misses in flight
+        }
+        for (int i = 0; i < R; i++) {
+            const f32x8* xs = (const f32x8*)(x + size_t(i) * K + k);
+            for (int j = 0; j < 4; j++) sum[i][j] += xs[0] * even[j];
+            for (int j = 0; j < 4; j++) sum[i][j] += xs[1] * odd[j];
+        }
+    }
+    for (int i = 0; i < R * 4; i++) out[i] = sum_of(sum[i / 4][i % 4]);
+}
+
+// All T rows of x [T, K] times the weights row(0) .. row(N - 1), four at a time: calls
+// store(t, n, sums of n .. n + 3). The rows go in groups that stay in L2 while all weights pass by.
+template <class Row, class Store>
+void project(const float* x, int T, int K, int N, Row row, Store store) {
+    static decltype(tile<1>)* const tiles[] = {nullptr, tile<1>, tile<2>, tile<3>, nullptr, nullptr,
+                                               tile<6>};
+    static const int widest = __builtin_cpu_supports("avx512vl") ? 6 : 3;
+    const int group = std::max(6, 65536 / K / 6 * 6);
+    #pragma omp parallel
+    for (int begin = 0; begin < T; begin += group) {
+        #pragma omp for schedule(static) nowait
+        for (int n = 0; n < N; n += 4) {
+            const bf16* w[4] = {row(n), row(n + 1), row(n + 2), row(n + 3)};
+            float sums[6 * 4];
+            for (int t = begin, end = std::min(T, begin + group), rows; t < end; t += rows) {
+                rows = std::min(end - t, widest);
+                if (rows > 3 && rows < 6) rows = 3;
+                tiles[rows](x + size_t(t) * K, K, w, sums);
+                for (int i = 0; i < rows; i++) store(t + i, n, sums + 4 * i);
+            }
+        }
+    }
+}
+
+// RMS norm (Zhang and Sennrich 2019): out[order(i)] = x[i] / sqrt(mean(x^2) + eps) * weight[i].
+template <class Order>
+void norm(const float* x, const vector<float>& weight, float eps, float* out, Order order) {
+    double sum = 0;
+    int n = int(weight.size());
+    for (int i = 0; i < n; i++) sum += double(x[i]) * x[i];
+    float factor = 1 / std::sqrt(float(sum / n) + eps);
+    for (int i = 0; i < n; i++) out[order(i)] = x[i] * factor * weight[i];
+}
+
+void norm_rows(const Model& m, const Step& step, const vector<float>& weight, Activations& a) {
+    size_t D = weight.size();
+    #pragma omp parallel for if (step.tokens() > 1)
+    for (int t = 0; t < step.tokens(); t++)
+        norm(&a.x[t * D], weight, m.config.norm_eps, &a.normed[t * D], paired);
+}
+
+// x = the embeddings of the step's ids; the angles of its positions.
+void embed(const Model& m, const Step& step, Activations& a) {
+    size_t D = m.config.hidden, half = m.config.inv_freq.size();
+    #pragma omp parallel for
+    for (int t = 0; t < step.tokens(); t++) {
+        const bf16* row = m.embed.row(step.ids[t]);
+        std::transform(row, row + D, &a.x[t * D], bf16_to_float);
+        for (size_t i = 0; i < half; i++) {
+            float angle = float(step.positions[t]) * m.config.inv_freq[i];
+            a.cosine[t * half + i] = std::cos(angle);
+            a.sine[t * half + i] = std::sin(angle);
+        }
+    }
+}
+
+// qkv = norm(x) (Wq, Wk, Wv)^T + bias
+void norm_linear(const Model& m, const Layer& l, const Step& step, Activations& a) {
+    int Q = l.q.rows, K = l.k.rows, N = Q + 2 * K;
+    norm_rows(m, step, l.attn_norm, a);
+    auto row = [&](int n) {
+        return n < Q ? l.q.row(n) : n < Q + K ? l.k.row(n - Q) : l.v.row(n - Q - K);
+    };
+    auto store = [&](int t, int n, const float* sum) {
+        for (int j = 0; j < 4; j++) a.qkv[size_t(t) * N + n + j] = sum[j] + l.bias[n + j];
+    };
+    project(a.normed.data(), step.tokens(), l.q.cols, N, row, store);
+}
+
+// x += in W^T, in: [T, W.cols]
+void add_linear(const vector<float>& in, const Matrix& w, const Step& step, Activations& a) {
+    auto store = [&](int t, int n, const float* sum) {
+        for (int j = 0; j < 4; j++) a.x[size_t(t) * w.rows + n + j] += sum[j];
+    };
+    project(in.data(), step.tokens(), w.cols, w.rows, [&](int n) { return w.row(n); }, store);
+}
+
+// h = silu(norm(x) Wgate^T) * (norm(x) Wup^T)
+void norm_swiglu(const Model& m, const Layer& l, const Step& step, Activations& a) {
+    size_t F = l.gate.rows;
+    norm_rows(m, step, l.mlp_norm, a);
+    auto row = [&](int n) { return (n % 2 ? l.up : l.gate).row(n / 2); };  // they take turns
+    auto store = [&](int t, int n, const float* sum) {
+        for (int j = 0; j < 4; j += 2)
+            a.h[t * F + paired((n + j) / 2)] = sum[j] / (1 + std::exp(-sum[j])) * sum[j + 1];
+    };
+    project(a.normed.data(), step.tokens(), l.gate.cols, 2 * int(F), row, store);
+}
+
+// One query q [HD] over the first n tokens of a table: out = softmax(q K^T / sqrt(HD)) V, paired.
+// scores: room for n, rounded up to whole blocks.
+NANOCU_CLONES void attend_one(const float* q, KvMemory& kv, int layer, int head, const int* table,
+                              int n, float* scores, float* out) {
+    int HD = kv.c.head_dim, blocks = Cache::blocks_for(n);
+    for (int b = 0; b < blocks; b++) {
+        const float* k = kv.keys(layer, table[b], head);
+        f32x8 s[4][2] = {};  // four chains, so that additions overlap
+        for (int d = 0; d < HD; d++)
+            for (int j = 0; j < 2; j++) s[d % 4][j] += q[d] * ((const f32x8*)k)[2 * d + j];
+        for (int j = 0; j < 2; j++)
+            *(f32x8*)(scores + b * kBlockSize + 8 * j) = (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]);
+    }
+    std::fill(scores + n, scores + blocks * kBlockSize, -INFINITY);  // not written yet
+    float top = *std::max_element(scores, scores + n), scale = 1 / std::sqrt(float(HD));
+    f32x8 total = {};
+    for (int i = 0; i < blocks * kBlockSize; i += 8) {
+        f32x8& p = *(f32x8*)(scores + i);
+        p = (p - top) * scale;
+        exp8(p);
+        total += p;
+    }
+    vector<float> sums(HD);
+    for (int b = 0; b < blocks; b++) {
+        const float *v = kv.values(layer, table[b], head), *p = scores + b * kBlockSize;
+        int tokens = std::min(kBlockSize, n - b * kBlockSize);
+        for (int d = 0; d < HD; d += 8) {
+            f32x8 sum = *(f32x8*)&sums[d];
+            for (int i = 0; i < tokens; i++) sum += p[i] * *(const f32x8*)(v + i * HD + d);
+            *(f32x8*)&sums[d] = sum;
+        }
+    }
+    float inverse = 1 / sum_of(total);
+    for (int d = 0; d < HD; d++) out[paired(d)] = sums[d] * inverse;
+}
+
+// Norm (Qwen3) and RoPE of one head's q or k [HD] in row t: turns the pairs (v[i], v[i + HD / 2]).
+void rotate(const Config& c, const vector<float>& weight, const Activations& a, int t, float* v) {
+    int half = c.head_dim / 2;
+    const float *cosine = &a.cosine[size_t(t) * half], *sine = &a.sine[size_t(t) * half];
+    if (!weight.empty()) norm(v, weight, c.norm_eps, v, std::identity());
+    for (int i = 0; i < half; i++) {
+        float first = v[i], second = v[i + half];
+        v[i] = first * cosine[i] - second * sine[i];
+        v[i + half] = second * cosine[i] + first * sine[i];
+    }
+}
+
+// Writes the step's keys and values into their slots, then att = attention of its queries over
+// their sequences' blocks.
+void attend(const Model& m, int layer, const Step& step, Activations& a, KvMemory& kv) {
+    const Config& c = m.config;
+    const Layer& l = m.layers[layer];
+    int H = c.heads, KV = c.kv_heads, HD = c.head_dim;
+    #pragma omp parallel
+    {
+        #pragma omp for
+        for (int t = 0; t < step.tokens(); t++) {
+            float *q = &a.qkv[size_t(t) * c.qkv_dim()], *k = q + c.q_dim(), *v = k + c.kv_dim();
+            int position = step.positions[t], slot = position % kBlockSize;
+            int block = step.table(t)[position / kBlockSize];
+            for (int h = 0; h < H; h++) rotate(c, l.q_norm, a, t, q + h * HD);
+            for (int h = 0; h < KV; h++, k += HD, v += HD) {
+                rotate(c, l.k_norm, a, t, k);
+                for (int d = 0; d < HD; d++) kv.keys(layer, block, h)[d * kBlockSize + slot] = k[d];
+                std::copy(v, v + HD, kv.values(layer, block, h) + slot * HD);
+            }
+        }
+        vector<float> scores(size_t(step.table_width) * kBlockSize);
+        #pragma omp for schedule(dynamic) collapse(2)
+        for (int t = 0; t < step.tokens(); t++)
+            for (int h = 0; h < H; h++)
+                attend_one(&a.qkv[size_t(t) * c.qkv_dim() + h * HD], kv, layer, h / (H / KV),
+                           step.table(t), step.positions[t] + 1, scores.data(),
+                           &a.att[(size_t(t) * H + h) * HD]);
+    }
+}
+
+// logits = norm(x) Wlm_head^T for these rows, at most kLogitRows
+void logits(const Model& m, std::span<const int> rows, Activations& a) {
+    size_t D = m.config.hidden, V = m.config.vocab;
+    for (size_t i = 0; i < rows.size(); i++)
+        norm(&a.x[rows[i] * D], m.final_norm, m.config.norm_eps, &a.normed[i * D], paired);
+    auto row = [&](int n) { return m.lm_head.row(std::min(n, int(V) - 1)); };
+    auto store = [&](int t, int n, const float* sum) {
+        std::copy(sum, sum + std::min<size_t>(4, V - n), &a.logits[t * V + n]);
+    };
+    project(a.normed.data(), int(rows.size()), int(D), int(V), row, store);
+}
+
+}  // namespace cpu
+
+// =============================================================================================
+// 3. The forward pass
+// =============================================================================================
+
+void forward(const Model& m, const Step& step, Activations& a, KvMemory& kv) {
+    cpu::embed(m, step, a);
+    for (int i = 0; i < m.config.layers; i++) {
+        const Layer& l = m.layers[i];
+        cpu::norm_linear(m, l, step, a);
+        cpu::attend(m, i, step, a, kv);
+        cpu::add_linear(a.att, l.o, step, a);
+        cpu::norm_swiglu(m, l, step, a);
+        cpu::add_linear(a.h, l.down, step, a);
+    }
+}
+
+// =============================================================================================
+// 4. The engine: continuous batching (Yu et al. 2022) over the paged cache
+// =============================================================================================
+
+struct Request {
+    vector<int> prompt;
+    Sampling sampling;
+    int max_tokens = INT_MAX;   // new ones; the context may end before
+    int samples = 1;            // continuations, which share the prompt's blocks
+    int logprobs = -1;          // -1: none; 0: of the chosen id; k: of the k likeliest too
+    bool ignore_eos = false;
+    bool score_prompt = false;  // log-probabilities of the prompt's own ids
+};
+
+// One text on its way: a request's, or one of its samples.
+struct Sequence {
+    int number, sample;                   // of the request, of its samples
+    std::shared_ptr<const Request> request;
+    vector<int> ids;                      // prompt and output
+    int max_size;                         // ids at the end
+    int unforked;                         // samples that start when the prompt is computed
+    int computed = 0, cached = 0;         // ids in the cache; of the prompt's, found there
+    vector<int> table = {};               // block table
+    vector<double> prompt_logprobs = {};  // of prompt ids 1, 2, ..., if asked for
+};
+
+// What a step has to say about one sequence.
+struct Output {
+    int request, sample, id;                // id: the new token
+    int cached;                             // tokens of the prompt that were in the cache
+    const char* finish = nullptr;           // "stop", "length", or null: goes on
+    vector<TokenLogprob> logprobs = {};     // of id, then of the likeliest, if asked for
+    vector<double> prompt_logprobs = {};    // with the finish, if asked for
+};
+
+struct EngineOptions {
+    size_t kv_memory = 0;       // bytes; 0: a quarter of the machine's, if max_rows can use it
+    int max_context = INT_MAX;  // tokens of a sequence; never more than the model's
+    int max_rows = 64;          // sequences running at a time
+    int chunk = 512;            // tokens computed in a step
+    bool prefix_cache = true;
+};
+
+class Engine {
+public:
+    const Model& model;
+    const EngineOptions options;
+    const int context;  // most tokens of a sequence
+    Cache cache;
+    int preemptions = 0;
+
+    Engine(const Model& m, EngineOptions o)
+        : model(m), options(o), context(std::min(m.config.context, o.max_context)),
+          cache(choose_blocks(m.config, o), o.prefix_cache), kv(m.config, cache.blocks()),
+          act(m.config, std::max(o.chunk, o.max_rows)) {
+        cache.on_take = [this](int block) { taken.push_back(block); };
+    }
+
+    // Takes a request; its Outputs carry the number returned here. One that can never run throws
+    // std::invalid_argument with the sizes.
+    int add(Request r) {
+        auto refuse = [](const auto&... what) { throw std::invalid_argument(str(what...)); };
+        int size = int(r.prompt.size()), room = cache.blocks() * kBlockSize;
+        r.sampling.check();
+        if (r.samples < 1 || r.max_tokens < 1) refuse("samples, max-tokens: expected 1 or more");
+        if (size == 0) refuse("prompt: no tokens; give some text");
+        for (int id : r.prompt) if (id < 0 || id >= model.config.vocab)
+            refuse("prompt: id ", id, " is outside the vocabulary of ", model.config.vocab);
+        if (size + !r.score_prompt > context)
+            refuse("prompt: ", size, " tokens do not fit into the context of ", context);
+        // without -n the memory may end a text; with it, all must fit
+        int limit = r.max_tokens == INT_MAX ? std::min(context, std::max(room, size + 1)) : context;
+        int max_size = size + std::min(r.max_tokens, std::max(1, limit - size));
+        if (max_size - 1 > room) refuse("prompt: ", size, " tokens and ", max_size - size,
+            " new ones do not fit into KV memory for ", room, "; raise --kv-memory");
+        auto request = std::make_shared<Request>(std::move(r));
+        Sequence s = {requests, 0, request, request->prompt, max_size, request->samples - 1};
+        if (request->score_prompt) s.prompt_logprobs.resize(size - 1);
+        waiting.push_back(std::make_unique<Sequence>(std::move(s)));
+        return requests++;
+    }
+
+    bool busy() const { return !running.empty() || !waiting.empty(); }
+
+    // One iteration: schedule, run, sample, collect. Returns at most one Output a sequence.
+    vector<Output> step() {
+        Step step = schedule();
+        for (auto [from, to] : step.copies) std::ranges::copy(kv.block(from), kv.block(to).begin());
+#ifndef NDEBUG  // whoever reads what is no longer there gets NaN
+        for (auto [from, to] : step.copies) std::erase(taken, to);
+        for (int block : taken) std::ranges::fill(kv.block(block), NAN);
+#endif
+        taken.clear();
+        forward(model, step, act, kv);
+        for (auto& [s, count] : parts) {
+            cache.publish(s->ids, s->table, s->computed, s->computed + count);
+            s->computed += count;
+        }
+        sample(step);
+        return collect();
+    }
+
+    // Ends a sequence from outside (a stop string, Ctrl-C); sample -1: all of the request.
+    void stop(int request, int sample) {
+        for (auto* list : {&running, &waiting})
+            std::erase_if(*list, [&](const std::unique_ptr<Sequence>& s) {
+                bool ends = s->number == request && (sample < 0 || s->sample == sample);
+                if (ends) cache.release(s->table);
+                return ends;
+            });
+    }
+
+private:
+    struct Part {  // of a step: the next count ids of a sequence
+        Sequence* sequence;
+        int count;
+    };
+    struct Wanted {  // what a row of logits is for: to predict ids[target] of a part's sequence
+        int part, target;
+        vector<Output> drawn = {};  // one a sample, if ids[target] is new
+    };
+
+    static int choose_blocks(const Config& c, const EngineOptions& o) {
+        size_t memory = size_t(sysconf(_SC_PHYS_PAGES)) * getpagesize() / 4;
+        size_t block = KvMemory::block_bytes(c), context = std::min(c.context, o.max_context);
+        size_t blocks = std::min(memory / block, (context / kBlockSize + 1) * o.max_rows);
+        if (o.kv_memory) blocks = o.kv_memory / block;
+        if (!blocks) fail("KV memory: no room for a block of ", block, " bytes; raise --kv-memory");
+        return int(std::min<size_t>(blocks, INT_MAX / kBlockSize));
+    }
+
+    // First come, first served; running sequences before waiting ones. When blocks run out, the
+    // youngest gives its own back and is computed again later.
+    Step schedule() {
+        Step step;
+        parts.clear();
+        wanted.clear();
+        int budget = std::max(options.chunk, options.max_rows);
+        for (size_t i = 0; i < running.size() && budget > 0; i++)
+            while (i < running.size() && !add_part(step, *running[i], budget)) {
+                preemptions++;
+                suspend();
+            }
+        while (!waiting.empty() && int(running.size()) < options.max_rows && budget > 0) {
+            Sequence& s = *waiting.front();
+            // a prompt that is scored needs all its logits, so nothing may be skipped
+            if (!s.request->score_prompt) s.computed = cache.match(s.ids, s.table);
+            if (s.ids.size() == s.request->prompt.size()) s.cached = s.computed;
+            running.push_back(std::move(waiting.front()));
+            waiting.pop_front();
+            if (add_part(step, s, budget)) continue;
+            suspend();  // until there are blocks
+            break;
+        }
+        size_t width = 0;
+        for (auto& part : parts) width = std::max(width, part.sequence->table.size());
+        for (auto& part : parts) {
+            const vector<int>& table = part.sequence->table;
+            step.tables.insert(step.tables.end(), table.begin(), table.end());
+            step.tables.resize(step.tables.size() + width - table.size());
+        }
+        step.table_width = int(width);
+        return step;
+    }
+
+    // The youngest sequence goes back to the head of those that wait.
+    void suspend() {
+        cache.release(running.back()->table);
+        running.back()->computed = 0;
+        waiting.push_front(std::move(running.back()));
+        running.pop_back();
+    }
+
+    // Puts as many ids of s into the step as the budget allows; false if blocks do not suffice.
+    bool add_part(Step& step, Sequence& s, int& budget) {
+        int size = int(s.ids.size()), end = std::min(size, s.computed + budget);
+        if (!cache.reserve(s.table, s.computed, end, step.copies)) return false;
+        for (int i = s.computed; i < end; i++) {
+            if (i + 1 == size || i < int(s.prompt_logprobs.size())) {
+                wanted.push_back({int(parts.size()), i + 1});
+                step.logit_rows.push_back(step.tokens());
+            }
+            step.ids.push_back(s.ids[i]);
+            step.positions.push_back(i);
+            step.sequence.push_back(int(parts.size()));
+        }
+        parts.push_back({&s, end - s.computed});
+        budget -= end - s.computed;
+        return true;
+    }
+
+    // The logits, some rows at a time, and what they are for.
+    void sample(const Step& step) {
+        size_t V = model.config.vocab;
+        for (size_t begin = 0; begin < wanted.size(); begin += kLogitRows) {
+            size_t count = std::min<size_t>(kLogitRows, wanted.size() - begin);
+            cpu::logits(model, std::span(step.logit_rows).subspan(begin, count), act);
+            #pragma omp parallel for schedule(dynamic)
+            for (size_t i = 0; i < count; i++) {
+                Wanted& w = wanted[begin + i];
+                Sequence& s = *parts[w.part].sequence;
+                std::span<const float> logits(&act.logits[i * V], V);
+                bool is_new = w.target == int(s.ids.size());
+                for (int n = 0; is_new && n <= s.unforked; n++)
+                    w.drawn.push_back(draw(s, s.sample + n, logits));
+                if (is_new) continue;
+                auto chosen = log_probabilities(logits, s.ids[w.target], 0)[0];
+                s.prompt_logprobs[w.target - 1] = chosen.logprob;
+            }
+        }
+    }
+
+    static Output draw(const Sequence& s, int sample, std::span<const float> logits) {
+        const Request& r = *s.request;
+        vector<float> penalized(logits.begin(), logits.end());
+        auto output = std::span(s.ids).subspan(r.prompt.size());
+        if (r.sampling.has_penalties()) apply_penalties(penalized, r.sampling, r.prompt, output);
+        int id = sample_id(penalized, r.sampling, sample, int(s.ids.size()));
+        Output out = {s.number, sample, id, s.cached};
+        if (r.logprobs >= 0) out.logprobs = log_probabilities(logits, id, r.logprobs);
+        return out;
+    }
+
+    // One more sequence like s, sharing its blocks.
+    Sequence& fork(const Sequence& s, int sample) {
+        running.push_back(std::make_unique<Sequence>(s));
+        Sequence& child = *running.back();
+        child.sample = sample;
+        cache.share(child.table);
+        if (int(running.size()) > options.max_rows) suspend();  // it will find its blocks again
+        return child;
+    }
+
+    // Appends the drawn ids, starts the samples that waited for the prompt, ends what is finished.
+    vector<Output> collect() {
+        vector<Output> all;
+        for (auto& [part, target, drawn] : wanted) {
+            Sequence& leader = *parts[part].sequence;
+            if (!drawn.empty()) leader.unforked = 0;
+            for (size_t n = drawn.size(); n-- > 0;) {  // the leader last: till then all are like it
+                Output& out = drawn[n];
+                Sequence& s = n ? fork(leader, out.sample) : leader;
+                s.ids.push_back(out.id);
+                bool eos = !s.request->ignore_eos && model.config.eos.count(out.id);
+                out.finish = eos ? "stop" : int(s.ids.size()) == s.max_size ? "length" : nullptr;
+                if (out.finish) out.prompt_logprobs = s.prompt_logprobs;
+                all.push_back(std::move(out));
+            }
+        }
+        for (const Output& out : all) if (out.finish) stop(out.request, out.sample);
+        return all;
+    }
+
+    KvMemory kv;
+    Activations act;
+    std::deque<std::unique_ptr<Sequence>> waiting, running;  // each in order of arrival
+    vector<Part> parts;
+    vector<Wanted> wanted;  // one a row of logits
+    vector<int> taken;      // blocks whose contents are forgotten in this step
+    int requests = 0;
+};
+
+// =============================================================================================
+// 5. The commands
+// =============================================================================================
+
+using ordered = nlohmann::ordered_json;
+
+struct Flags {
+    string model, file, ids, system, device = "auto", load_format = "auto";
+    std::optional<string> prompt;
+    bool no_think = false, jsonl = false, decode = false, chat = false, json = false;
+    bool verbose = false, no_special = false, no_graph = false;
+    std::optional<float> temperature, top_p, min_p, repetition_penalty;  // else the model's own
+    std::optional<int> top_k;
+    uint64_t seed = std::random_device()();
+    Request request;
+    EngineOptions engine;
+    int threads = omp_get_num_procs();
+    vector<string> stop;
+    vector<int> pp = {512}, tg = {128}, rows = {1, 8};
+};
+
+volatile std::sig_atomic_t interrupted = 0;
+
+void on_interrupt(int) {
+    if (interrupted) _exit(130);  // the second time, at once
+    interrupted = 1;
+}
+
+double now() {
+    auto since = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(since).count();
+}
+
+// Text on stdout, at once; what cannot be written is an error.
+void put(const string& text) {
+    if (fwrite(text.data(), 1, text.size(), stdout) < text.size() || fflush(stdout))
+        fail("stdout: ", strerror(errno), "; the output is incomplete");
+}
+
+// One object on stdout: JSON, or a line for each value (lists are for JSON only).
+void put_object(const ordered& j, bool as_json = true) {
+    if (as_json) return put(j.dump() + "\n");
+    for (auto& [key, value] : j.items())
+        if (!value.is_array()) put(str(std::left, std::setw(20), key, value.dump(), "\n"));
+}
+
+// What a command starts with: the model, its tokenizer if it has one, the engine.
+struct Session {
+    const Flags& f;
+    Model model;
+    std::unique_ptr<Tokenizer> tokenizer;
+    Engine engine;
+
+    explicit Session(const Flags& f)
+        : f(f), model(f.model, f.load_format == "dummy"), engine(model, f.engine) {
+        if (std::filesystem::exists(f.model + "/tokenizer.json"))
+            tokenizer = std::make_unique<Tokenizer>(f.model);
+        if (tokenizer && tokenizer->eos >= 0) model.config.eos.insert(tokenizer->eos);
+        const string& rounded = model.weights.rounded;
+        if (!rounded.empty()) std::cerr << "weights: " << rounded << ", rounded to bf16\n";
+        if (f.verbose) std::cerr << "device cpu, threads " << f.threads << ", KV memory for "
+            << engine.cache.blocks() * kBlockSize << " tokens, context " << engine.context
+            << ", rows " << f.engine.max_rows << ", chunk " << f.engine.chunk
+            << ", seed " << f.seed << "\n";
+    }
+
+    const Tokenizer& text() const {
+        if (!tokenizer) fail(f.model, "/tokenizer.json: missing; give --ids instead of text");
+        return *tokenizer;
+    }
+
+    // The request of the flags; what they leave open is the model's.
+    Request request(vector<int> prompt) const {
+        Request r = f.request;
+        r.prompt = std::move(prompt);
+        Sampling& s = r.sampling;
+        s.seed = f.seed;
+        s.temperature = f.temperature.value_or(model.config.temperature);
+        s.top_k = f.top_k.value_or(int(model.config.top_k));
+        s.top_p = f.top_p.value_or(model.config.top_p);
+        s.min_p = f.min_p.value_or(model.config.min_p);
+        s.repetition_penalty = f.repetition_penalty.value_or(model.config.repetition_penalty);
+        return r;
+    }
+};
+
+string input_text(const Flags& f) {
+    if (f.prompt) return *f.prompt;
+    if (!f.file.empty()) return read_file(f.file);
+    return {std::istreambuf_iterator<char>(std::cin), {}};
+}
+
+// Converts what the user wrote as JSON; what: where it stands.
+template <class Convert>
+auto with_input(const string& text, const char* what, Convert convert) {
+    try {
+        return convert(json::parse(text));
+    } catch (const json::exception& e) {
+        fail(what, ": ", strchr(e.what(), ']') + 2);
+    }
+}
+
+vector<int> input_ids(const Session& s) {
+    if (s.f.ids.empty()) return s.text().encode(input_text(s.f), !s.f.no_special);
+    return with_input("[" + s.f.ids + "]", "--ids", [](const json& j) {
+        for (const json& id : j) if (!id.is_number_integer()) fail("--ids: ", id, " is no id");
+        return j.get<vector<int>>();
+    });
+}
+
+struct Reply {
+    TextStream stream;
+    string text = {};
+    vector<int> ids = {};
+    ordered finish = nullptr, logprobs = ordered::array();
+    vector<double> prompt_logprobs = {};
+    int cached = 0;
+};
+
+ordered logprob_json(const Session& s, const TokenLogprob& t) {
+    ordered token = nullptr;
+    if (s.tokenizer) token = s.tokenizer->decode({&t.id, 1});
+    return {{"id", t.id}, {"token", token}, {"logprob", t.logprob}};
+}
+
+// Runs one request to its end or to Ctrl-C; show(text) gets the first sample's text as soon as it
+// is certain. Prints the closing line.
+template <class Show>
+vector<Reply> run(Session& s, const Request& r, Show show) {
+    vector<Reply> replies(r.samples, Reply{TextStream(s.tokenizer.get(), s.f.stop)});
+    double start = now(), first = 0;
+    int number = s.engine.add(r), tokens = 0;
+    auto emit = [&](Reply& reply, const string& text) {
+        reply.text += text;
+        if (&reply == &replies[0] && !text.empty()) show(text);
+    };
+    while (s.engine.busy() && !interrupted)
+        for (Output& o : s.engine.step()) {
+            Reply& reply = replies[o.sample];
+            if (tokens++ == 0) first = now();
+            reply.ids.push_back(o.id);
+            reply.cached = o.cached;
+            emit(reply, reply.stream.push(o.id));
+            if (reply.stream.stopped) s.engine.stop(number, o.sample);
+            if (reply.stream.stopped) reply.finish = "stop";
+            else if (o.finish) reply.finish = o.finish;
+            reply.prompt_logprobs = std::move(o.prompt_logprobs);
+            if (o.logprobs.empty()) continue;
+            reply.logprobs.push_back(logprob_json(s, o.logprobs[0]));
+            ordered& top = reply.logprobs.back()["top"] = ordered::array();
+            for (auto& t : std::span(o.logprobs).subspan(1)) top.push_back(logprob_json(s, t));
+        }
+    s.engine.stop(number, -1);  // after Ctrl-C
+    double rate = std::max(0, tokens - r.samples) / (now() - first);
+    for (Reply& reply : replies) emit(reply, reply.stream.finish());
+    fprintf(stderr, "\n%zu prompt tokens (%d from cache), %d new tokens, %.1f tokens/s, "
+            "first token after %.3f s\n",
+            r.prompt.size(), replies[0].cached, tokens, rate, tokens ? first - start : 0);
+    return replies;
+}
+
+int generate(const Flags& f) {
+    Session s(f);
+    Request r = s.request(input_ids(s));
+    bool stream = !f.json && r.samples == 1;
+    auto replies = run(s, r, [&](const string& text) { if (stream) put(text); });
+    for (int i = 0; i < r.samples; i++) {
+        Reply& a = replies[i];
+        ordered j = {{"index", i}, {"text", nullptr}, {"ids", a.ids}, {"finish_reason", a.finish},
+            {"seed", f.seed}, {"usage", {{"prompt_tokens", r.prompt.size()},
+            {"cached_tokens", a.cached}, {"completion_tokens", a.ids.size()}}}};
+        if (s.tokenizer) j["text"] = a.text;
+        if (r.logprobs >= 0) j["logprobs"] = a.logprobs;
+        if (f.json) put_object(j);
+        else put(stream ? "\n" : str("--- sample ", i, "\n", a.text, "\n"));
+    }
+    return interrupted ? 130 : 0;
+}
+
+// The user's next message, where a line that ends in \ goes on; false at the end of input.
+bool read_message(string& text) {
+    bool more = true;
+    text.clear();
+    for (string line; more; text += line + (more ? "\n" : "")) {
+        if (isatty(0)) std::cerr << (text.empty() ? "> " : "| ");
+        if (!std::getline(std::cin, line)) return !text.empty();
+        more = line.ends_with("\\");
+        if (more) line.pop_back();
+    }
+    return true;
+}
+
+int chat(const Flags& f) {
+    Chat format = Chat::load(f.model);
+    Session s(f);
+    format.thinking = !f.no_think;
+    vector<int> opening = s.text().encode(format.opening(f.system.empty() ? nullptr : &f.system));
+    std::deque<vector<int>> turns;  // ids of a question, its answer and the end of turn
+    string message = f.prompt.value_or("");
+    while (f.prompt || read_message(message)) {
+        if (message == "/quit") break;
+        if (message == "/reset") turns.clear();
+        if (message == "/reset" || message.empty()) continue;
+        turns.push_back(s.text().encode(format.user_turn(message)));
+        int room = std::min(s.engine.context / 4, f.request.max_tokens);
+        vector<int> prompt;
+        for (;; turns.pop_front()) {
+            prompt = opening;
+            for (const auto& turn : turns) prompt.insert(prompt.end(), turn.begin(), turn.end());
+            if (turns.size() == 1 || int(prompt.size()) + room <= s.engine.context) break;
+            std::cerr << "(the context is full: the oldest turn is forgotten)\n";
+        }
+        Reply reply = run(s, s.request(prompt), put)[0];
+        put("\n");
+        if (f.prompt || (interrupted && !isatty(0))) break;
+        interrupted = 0;
+        // what the template adds behind an answer, less what the model has said of it itself
+        string rest = format.end_of_turn, last;
+        if (!reply.ids.empty()) last = s.text().bytes(reply.ids.back());
+        if (!last.empty() && rest.starts_with(last)) rest.erase(0, last.size());
+        for (const auto& ids : {reply.ids, s.text().encode(rest)})
+            turns.back().insert(turns.back().end(), ids.begin(), ids.end());
+    }
+    return interrupted ? 130 : 0;
+}
+
+int score(const Flags& f) {
+    Session s(f);
+    Request r = s.request(input_ids(s));
+    r.score_prompt = true;
+    r.max_tokens = 1;
+    vector<double> each = run(s, r, [](const string&) {})[0].prompt_logprobs;
+    if (interrupted) return 130;
+    double sum = std::accumulate(each.begin(), each.end(), 0.0), mean = sum / double(each.size());
+    ordered j = {{"tokens", r.prompt.size()}, {"logprob", sum}, {"mean_logprob", mean},
+                 {"perplexity", std::exp(-mean)}, {"token_logprobs", {nullptr}}};  // NaN is null
+    for (double logprob : each) j["token_logprobs"].push_back(logprob);
+    put_object(j, f.json);
+    return 0;
+}
+
+int tokenize(const Flags& f) {
+    Tokenizer tokenizer(f.model);
+    auto convert = [&](const json& j) -> ordered {
+        if (f.decode) return tokenizer.decode(j.get<vector<int>>());
+        if (!f.chat) return tokenizer.encode(j.get<string>(), !f.no_special);
+        Chat format = Chat::load(f.model);
+        format.thinking = !f.no_think;
+        vector<Message> messages;
+        for (const json& m : j) messages.push_back({m.at("role"), m.at("content")});
+        return tokenizer.encode(format.render(messages));
+    };
+    string text = input_text(f);
+    std::istringstream lines(text);
+    for (string line; f.jsonl && std::getline(lines, line);)
+        put_object(with_input(line, "--jsonl", convert));
+    if (f.jsonl) return 0;
+    ordered out = f.decode || f.chat ? with_input(text, "input", convert) : convert(text);
+    f.decode ? put(out.get<string>()) : put_object(out);
+    return 0;
+}
+
+// The best of five: what work(thread, threads) does a second, all threads together.
+template <class Work>
+double best_rate(Work work) {
+    double best = 0;
+    for (int repeat = 0; repeat < 5; repeat++) {
+        double done = 0, start = now();
+        #pragma omp parallel reduction(+ : done)
+        done += work(omp_get_thread_num(), omp_get_num_threads());
+        best = std::max(best, done / (now() - start));
+    }
+    return best;
+}
+
+volatile float sink;  // takes results that nobody needs but that must be computed
+
+// Bytes a second read from memory, in a buffer of 256 MiB, more than any cache.
+double read_bandwidth() {
+    vector<float> data(64 << 20, 1.0f);
+    return best_rate([&](int thread, int threads) {
+        size_t size = data.size() / threads / 32 * 32;
+        cpu::f32x8 sum[4] = {};
+        for (float *at = &data[size * thread], *end = at + size; at < end; at += 32)
+            for (int j = 0; j < 4; j++) sum[j] += *(cpu::f32x8*)(at + 8 * j);
+        sink = cpu::sum_of(sum[0] + sum[1] + sum[2] + sum[3]);
+        return double(size) * sizeof(float);
+    });
+}
+
+// Floating point operations a second of multiply-adds in registers, on vectors as the ops use them.
+double fma_peak() {
+    return best_rate([](int, int) {
+        const int rounds = 4'000'000;
+        cpu::f32x8 sum[12], factor = cpu::f32x8{} + sink;
+        for (int j = 0; j < 12; j++) sum[j] = factor * float(j);
+        for (int i = 0; i < rounds; i++)
+            for (int j = 0; j < 12; j++) sum[j] = sum[j] * factor + factor;
+        for (int j = 1; j < 12; j++) sum[0] += sum[j];
+        sink = cpu::sum_of(sum[0]);
+        return rounds * 12.0 * 8 * 2;
+    });
+}
+
+// Tokens a second: of computing one prompt (tokens 0), or of decoding that many in each of some
+// rows, from when all prompts are computed. Every prompt begins differently: nothing is reused.
+double bench_once(Session& s, int rows, int prompt, int tokens) {
+    static int id = 0;
+    for (int i = 0; i < rows; i++) {
+        Request r = s.request(vector<int>(prompt));
+        for (int& t : r.prompt) t = (id += 7919) % s.model.config.vocab;
+        r.max_tokens = tokens + 1;
+        r.ignore_eos = true;
+        s.engine.add(r);
+    }
+    double start = now(), counted = tokens ? 0 : prompt;
+    bool all_started = false;
+    while (s.engine.busy() && !interrupted) {
+        int done = int(s.engine.step().size());
+        if (all_started) counted += done;
+        else if (tokens && done == rows) all_started = true, start = now();
+    }
+    return counted / (now() - start);
+}
+
+int bench(const Flags& f) {
+    Session s(f);
+    const Config& c = s.model.config;
+    double bandwidth = read_bandwidth(), peak = fma_peak(), bytes = double(s.model.weights.bytes);
+    ordered machine = {{"threads", f.threads}, {"weight_MB", bytes / 1e6},
+                       {"read_GB_per_s", bandwidth / 1e9}, {"fma_GFLOP_per_s", peak / 1e9}};
+    put_object(machine, f.json);
+    auto row = [&](const string& test, int rows, int prompt, int tokens) {
+        bench_once(s, rows, prompt, tokens);  // warms up
+        std::array<double, 3> rate;
+        for (double& r : rate) r = bench_once(s, rows, prompt, tokens);
+        std::ranges::sort(rate);
+        // decoding is limited by reading all weights and the cache once a step, a prompt by
+        // multiplying with all but lm_head; of an embedding of its own, either uses a row a token
+        double embedding = 2.0 * c.vocab * c.hidden, flops = bytes - embedding * (c.tied ? 1 : 2);
+        double read = bytes - (c.tied ? 0 : embedding);
+        read += (prompt + tokens / 2.0) * rows * double(KvMemory::token_bytes(c));
+        double of_limit = rate[1] / (tokens ? bandwidth / read * rows : peak / flops);
+        const char* limit = tokens ? "read bandwidth" : "FMA peak";
+        if (interrupted) return;
+        if (f.json) put_object({{"test", test}, {"rows", rows}, {"tokens_per_s", rate[1]},
+            {"least", rate[0]}, {"most", rate[2]}, {"of_limit", of_limit}, {"limit", limit}});
+        else put(str(std::left, std::setw(14), test, std::fixed, std::setprecision(1), rate[1],
+            " tokens/s (", rate[0], " to ", rate[2], "), ", of_limit * 100, "% of ", limit, "\n"));
+    };
+    for (int pp : f.pp) row(str("pp", pp), 1, pp, 0);
+    for (int tg : f.tg)
+        for (int rows : f.rows) row(str("tg", tg, " x ", rows), rows, 16, tg);
+    return interrupted ? 130 : 0;
+}
+
+int info(const Flags& f) {
+    Session s(f);
+    const Config& c = s.model.config;
+    put_object({{"type", c.type}, {"layers", c.layers}, {"hidden", c.hidden}, {"heads", c.heads},
+        {"kv_heads", c.kv_heads}, {"head_dim", c.head_dim}, {"intermediate", c.intermediate},
+        {"vocabulary", c.vocab}, {"context", c.context}, {"parameters", s.model.weights.bytes / 2},
+        {"weight_bytes", s.model.weights.bytes}, {"kv_bytes_per_token", KvMemory::token_bytes(c)},
+        {"device", "cpu"}, {"threads", f.threads},
+        {"kv_tokens_that_fit", int64_t(s.engine.cache.blocks()) * kBlockSize}}, f.json);
+    return 0;
+}
+
+// =============================================================================================
+// 6. main
+// =============================================================================================
+
+using Command = int(const Flags&);
+
+// The flags of all commands; the one that is called goes to command.
+void add_flags(CLI::App& app, Flags& f, Command*& command) {
+    auto add = [&](const char* name, Command* run, const char* what) {
+        CLI::App* c = app.add_subcommand(name, what);
+        c->callback([&command, run] { command = run; });
+        c->add_option("MODEL", f.model, "a model's folder, as Hugging Face has it")->required();
+        c->add_flag("--json", f.json, "JSON on stdout, one object a line");
+        return c;
+    };
+    auto input = [&](CLI::App* c) {
+        c->add_option("-p,--prompt", f.prompt, "the text");
+        c->add_option("-f,--file", f.file, "a file with the text; without -p and -f: stdin");
+        c->add_flag("--no-special", f.no_special, "add no bos, or what else the tokenizer adds");
+    };
+    auto engine = [&](CLI::App* c) {
+        EngineOptions& e = f.engine;
+        c->add_option("--device", f.device, "auto, cpu or cuda");
+        c->add_option("--threads", f.threads, "of the CPU; else one a core");
+        c->add_option("--kv-memory", e.kv_memory, "size of the KV cache, as 512M")
+            ->transform(CLI::AsSizeValue(false));
+        c->add_option("--max-context", e.max_context, "fewer tokens than the model allows");
+        c->add_option("--max-rows", e.max_rows, "sequences running at a time; else 64");
+        c->add_option("--chunk", e.chunk, "tokens computed in a step; else 512");
+        c->add_flag("!--no-prefix-cache", e.prefix_cache, "compute all prompts from the start");
+        c->add_flag("--no-graph", f.no_graph, "no captured graphs (GPU only)");
+        c->add_option("--load-format", f.load_format, "auto; dummy: random weights");
+        c->add_flag("--verbose", f.verbose, "say what was chosen");
+    };
+    auto sampling = [&](CLI::App* c) {
+        Request& r = f.request;
+        c->add_option("-n,--max-tokens", r.max_tokens, "else to the end of text or context");
+        c->add_option("-t,--temperature", f.temperature, "0: always the likeliest");
+        c->add_option("-k,--top-k", f.top_k, "only the k likeliest; 0: all");
+        c->add_option("--top-p", f.top_p, "only the likeliest that together have p; 1: all");
+        c->add_option("--min-p", f.min_p, "only those with p times the largest probability");
+        c->add_option("--repetition-penalty", f.repetition_penalty, "1: none");
+        c->add_option("--presence-penalty", r.sampling.presence_penalty, "0: none");
+        c->add_option("--frequency-penalty", r.sampling.frequency_penalty, "0: none");
+        c->add_option("--seed", f.seed, "the same seed draws the same; else a random one");
+        c->add_option("--stop", f.stop, "end before this text; may be repeated");
+        c->add_flag("--ignore-eos", r.ignore_eos, "go on behind the end of text");
+    };
+    const char *no_think = "Qwen3: answer without a thought", *ids = "the text as ids: 1,2,3";
+    CLI::App* c = add("chat", chat, "talk; /reset, /quit; a line that ends in \\ goes on");
+    c->add_option("-p,--prompt", f.prompt, "one question; answer it and end");
+    c->add_option("--system", f.system, "the system message");
+    c->add_flag("--no-think", f.no_think, no_think);
+    sampling(c), engine(c);
+    c = add("generate", generate, "continue a text as it is");
+    input(c), sampling(c), engine(c);
+    c->add_option("--ids", f.ids, ids);
+    c->add_option("--samples", f.request.samples, "continuations of the one prompt");
+    c->add_option("--logprobs", f.request.logprobs, "log-probabilities, and of the K likeliest")
+        ->check(CLI::Range(0, 1000));
+    c = add("score", score, "log-probabilities of a text, and its perplexity");
+    input(c), engine(c);
+    c->add_option("--ids", f.ids, ids);
+    c = add("tokenize", tokenize, "text to ids");
+    input(c);
+    c->add_flag("--jsonl", f.jsonl, "a JSON string a line in, an array of ids a line out");
+    c->add_flag("--decode", f.decode, "ids to text");
+    c->add_flag("--chat", f.chat, "in: a JSON array of messages");
+    c->add_flag("--no-think", f.no_think, no_think);
+    c = add("bench", bench, "speed of prompts (pp) and of decoding (tg)");
+    engine(c);
+    c->add_option("--pp", f.pp, "prompt lengths")->delimiter(',');
+    c->add_option("--tg", f.tg, "tokens to decode")->delimiter(',');
+    c->add_option("--rows", f.rows, "sequences at a time")->delimiter(',');
+    engine(add("info", info, "the model's shape, and what fits here"));
+    for (CLI::App* each : app.get_subcommands({}))
+        for (const char* name : {"--threads", "--max-context", "--max-rows", "--chunk", "--samples",
+                                 "--max-tokens", "--pp", "--tg", "--rows"})
+            if (auto* o = each->get_option_no_throw(name)) o->check(CLI::Range(1, 1 << 24));
+}
+
+int run_command(int argc, char** argv) {
+    Flags f;
+    Command* command = nullptr;
+    CLI::App app("nanocu: LLM inference, small enough to be read");
+    app.set_version_flag("--version", "nanocu 0.1");
+    app.require_subcommand(1);
+    add_flags(app, f, command);
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError& e) {
+        if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
+        fail(e.what(), "; see nanocu --help, or nanocu COMMAND --help");
+    }
+    for (const string& stop : f.stop) if (stop.empty()) fail("--stop: is empty; leave it out");
+    if (f.request.logprobs >= 0 && !f.json) fail("--logprobs: shown in JSON only; add --json");
+    if (f.device != "auto" && f.device != "cpu") fail("--device ", f.device, ": not here; use cpu");
+    if (f.load_format != "auto" && f.load_format != "dummy") fail("--load-format: auto or dummy");
+    omp_set_num_threads(f.threads);
+    struct sigaction action = {};
+    action.sa_handler = on_interrupt;
+    sigaction(SIGINT, &action, nullptr);
+    return command(f);
+}
+
+#ifndef NANOCU_NO_MAIN
+int main(int argc, char** argv) {
+    try {
+        return run_command(argc, argv);
+    } catch (const std::exception& e) {  // one line: what, where, what to do
+        string line = e.what();
+        std::ranges::replace(line, '\n', ' ');
+        std::cerr << "nanocu: " << line << "\n";
+        return 1;
+    }
+}
+#endif
