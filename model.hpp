@@ -51,12 +51,27 @@ inline string read_file(const string& path) {
     return {std::istreambuf_iterator<char>(in), {}};
 }
 
+// Parses JSON. Nothing real is nested over 64 deep, and what is would overflow the stack when
+// copied. keys: receives the number of keys of the outermost object, equal ones counted each.
+inline json parse_json(std::string_view text, size_t* keys = nullptr) {
+    int depth = 0;
+    bool quoted = false;
+    for (size_t i = 0; i < text.size(); i++) {
+        if (text[i] == '"') quoted = !quoted;
+        if (quoted) i += text[i] == '\\';
+        else depth += (text[i] == '[' || text[i] == '{') - (text[i] == ']' || text[i] == '}');
+        if (keys && !quoted && depth == 1) *keys += text[i] == ':';
+        if (depth > 64) fail("JSON: nested over 64 deep; is this the right file?");
+    }
+    return json::parse(text);
+}
+
 // Calls load(what the file holds). Broken JSON and wrong types become one line each. optional: a
 // file that does not exist is passed over.
 void with_json(const string& path, auto load, bool optional = false) {
     if (optional && !std::filesystem::exists(path)) return;
     try {
-        load(json::parse(read_file(path)));
+        load(parse_json(read_file(path)));
     } catch (const json::exception& e) {
         fail(path, ": ", strchr(e.what(), ']') + 2, "; is the download complete?");
     }
@@ -160,7 +175,8 @@ inline Config load_config(const string& folder) {
     with_json(folder + "/generation_config.json", [&](const json& j) {
         add_eos(j);
         // transformers' rule: greedy, unless do_sample or a temperature asks for more
-        bool sample = value_or(j, "do_sample", j.contains("temperature"));
+        bool has_temperature = value_or(j, "temperature", -1.0f) >= 0;
+        bool sample = value_or(j, "do_sample", has_temperature);
         c.temperature = sample ? value_or(j, "temperature", 1.0f) : 0;
         c.top_k = value_or(j, "top_k", 0.0f);
         c.top_p = value_or(j, "top_p", 1.0f);
@@ -212,8 +228,9 @@ public:
         string p = with_unicode_space(pattern);
         int error;
         size_t at;
-        code.reset(pcre2_compile((PCRE2_SPTR)p.data(), p.size(), PCRE2_UTF | PCRE2_UCP, &error, &at,
-                                 nullptr), pcre2_code_free);
+        const auto options = PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C;  // no half characters
+        code.reset(pcre2_compile((PCRE2_SPTR)p.data(), p.size(), options, &error, &at, nullptr),
+                   pcre2_code_free);
         if (!code) fail("tokenizer.json: cannot compile the pattern ", pattern);
         pcre2_jit_compile(code.get(), PCRE2_JIT_COMPLETE);  // without a JIT, matching still works
     }
@@ -371,6 +388,8 @@ private:
     void load_vocabulary(const json& j) {
         if (value_or(j, "type", string("BPE")) != "BPE") unsupported("type", j["type"]);
         if (value_or(j, "byte_fallback", false)) unsupported("byte_fallback", true);
+        for (const char* affix : {"end_of_word_suffix", "continuing_subword_prefix"})
+            if (value_or(j, affix, string()) != "") unsupported(affix, j[affix]);
         ignore_merges = value_or(j, "ignore_merges", false);
         for (const auto& [text, id] : j.at("vocab").items()) vocab[add_piece(text, id)] = id;
         for (const json& merge : j.at("merges")) {  // "a b", or ["a", "b"] in newer files
@@ -393,14 +412,16 @@ private:
             for (const char* flag : {"single_word", "lstrip", "rstrip", "normalized"})
                 if (value_or(token, flag, false) && (nfc || flag != string("normalized")))
                     unsupported(flag, token);
-            if (text.find('\\') != string::npos) unsupported("backslash", token);
             int id = added[text] = token.at("id");
             add_piece(text, id);
             if (value_or(token, "special", false)) specials.insert(id);
         }
         std::ranges::sort(texts, std::greater(), &string::size);  // the longest first
         string any;
-        for (const string& text : texts) any += "|\\Q" + text + "\\E";
+        for (const string& text : texts) {
+            any += '|';
+            for (char c : text) any += isalnum(c) || (c & 0x80) ? string(1, c) : string{'\\', c};
+        }
         if (!texts.empty()) any_added = Regex(any.substr(1));
     }
 
@@ -435,6 +456,8 @@ private:
     void encode_words(std::string_view raw, vector<int>& ids) const {
         string text(raw);
         if (nfc) {
+            static const Regex absurd("\\p{M}{256}");  // sorting n of them takes n^2 steps
+            if (absurd.find(raw) != "") fail("prompt: 256 combining marks in a row; remove some");
             utf8proc_uint8_t* form = nullptr;
             const auto options = utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
             auto size = utf8proc_map((utf8proc_uint8_t*)raw.data(), raw.size(), &form, options);
@@ -756,12 +779,9 @@ private:
 
     // The tensors must fill data without overlap, hole or rest.
     void read_header(const string& path, std::span<char> text, std::span<char> data) {
-        std::set<string> names;  // json::parse alone would keep the last of two equal names
-        json header = json::parse(text, [&](int depth, json::parse_event_t event, json& name) {
-            bool key = event == json::parse_event_t::key && depth == 1;
-            if (key && !names.insert(name).second) fail(path, ": tensor ", name, " is there twice");
-            return true;
-        });
+        size_t names = 0;  // the parser keeps the last of two equal names
+        json header = parse_json({text.data(), text.size()}, &names);
+        if (names != header.size()) fail(path, ": two tensors of the same name; download it again");
         header.erase("__metadata__");
         auto number = [](const json& n) { return n.is_number_unsigned() ? n.get<uint64_t>() : -1; };
         std::set<std::tuple<uint64_t, uint64_t, string>> ranges;

@@ -694,18 +694,21 @@ string input_text(const Flags& f) {
 template <class Convert>
 auto with_input(const string& text, const char* what, Convert convert) {
     try {
-        return convert(json::parse(text));
+        return convert(parse_json(text));
     } catch (const json::exception& e) {
         fail(what, ": ", strchr(e.what(), ']') + 2);
     }
 }
 
+vector<int> ids_of(const json& j) {
+    for (const json& id : j)
+        if (!id.is_number_unsigned() || id > INT_MAX) fail("--ids, --decode: ", id.dump(), " is no id");
+    return j.get<vector<int>>();
+}
+
 vector<int> input_ids(const Session& s) {
     if (s.f.ids.empty()) return s.text().encode(input_text(s.f), !s.f.no_special);
-    return with_input("[" + s.f.ids + "]", "--ids", [](const json& j) {
-        for (const json& id : j) if (!id.is_number_integer()) fail("--ids: ", id, " is no id");
-        return j.get<vector<int>>();
-    });
+    return with_input("[" + s.f.ids + "]", "--ids", ids_of);
 }
 
 struct Reply {
@@ -797,10 +800,13 @@ int chat(const Flags& f) {
     vector<int> opening = s.text().encode(format.opening(f.system.empty() ? nullptr : &f.system));
     std::deque<vector<int>> turns;  // ids of a question, its answer and the end of turn
     string message = f.prompt.value_or("");
+    if (f.prompt && message.empty()) fail("--prompt: no text; give a question");
+    s.text().encode(f.system + message);  // an error in UTF-8 is told where the user knows it
     while (f.prompt || read_message(message)) {
-        if (message == "/quit") break;
-        if (message == "/reset") turns.clear();
-        if (message == "/reset" || message.empty()) continue;
+        bool reset = !f.prompt && message == "/reset";
+        if (!f.prompt && message == "/quit") break;
+        if (reset) turns.clear();
+        if (reset || message.empty()) continue;
         turns.push_back(s.text().encode(format.user_turn(message)));
         int room = std::min(s.engine.context / 4, f.request.max_tokens);
         vector<int> prompt;
@@ -842,7 +848,7 @@ int score(const Flags& f) {
 int tokenize(const Flags& f) {
     Tokenizer tokenizer(f.model);
     auto convert = [&](const json& j) -> ordered {
-        if (f.decode) return tokenizer.decode(j.get<vector<int>>());
+        if (f.decode) return tokenizer.decode(ids_of(j));
         if (!f.chat) return tokenizer.encode(j.get<string>(), !f.no_special);
         Chat format = Chat::load(f.model);
         format.thinking = !f.no_think;
@@ -850,13 +856,15 @@ int tokenize(const Flags& f) {
         for (const json& m : j) messages.push_back({m.at("role"), m.at("content")});
         return tokenizer.encode(format.render(messages));
     };
-    string text = input_text(f);
+    string text = input_text(f), out;
     std::istringstream lines(text);
     for (string line; f.jsonl && std::getline(lines, line);)
-        put_object(with_input(line, "--jsonl", convert));
-    if (f.jsonl) return 0;
-    ordered out = f.decode || f.chat ? with_input(text, "input", convert) : convert(text);
-    f.decode ? put(out.get<string>()) : put_object(out);
+        out += with_input(line, "--jsonl", convert).dump() + "\n";
+    if (!f.jsonl) {
+        ordered j = f.decode || f.chat ? with_input(text, "input", convert) : convert(text);
+        out = f.decode ? j.get<string>() : j.dump() + "\n";
+    }
+    put(out);
     return 0;
 }
 
@@ -908,7 +916,7 @@ double bench_once(Session& s, int rows, int prompt, int tokens) {
     static int id = 0;
     for (int i = 0; i < rows; i++) {
         Request r = s.request(vector<int>(prompt));
-        for (int& t : r.prompt) t = (id += 7919) % s.model.config.vocab;
+        for (int& t : r.prompt) t = id = (id + 7919) % s.model.config.vocab;
         r.max_tokens = tokens + 1;
         r.ignore_eos = true;
         s.engine.add(r);
@@ -926,6 +934,9 @@ double bench_once(Session& s, int rows, int prompt, int tokens) {
 int bench(const Flags& f) {
     Session s(f);
     const Config& c = s.model.config;
+    int longest = std::max(std::ranges::max(f.pp) + 1, std::ranges::max(f.tg) + 17);
+    if (longest > s.engine.context)
+        fail("bench: ", longest, " tokens do not fit into the context of ", s.engine.context);
     double bandwidth = read_bandwidth(), peak = fma_peak(), bytes = double(s.model.weights.bytes);
     ordered machine = {{"threads", f.threads}, {"weight_MB", bytes / 1e6},
                        {"read_GB_per_s", bandwidth / 1e9}, {"fma_GFLOP_per_s", peak / 1e9}};
@@ -1011,7 +1022,8 @@ void add_flags(CLI::App& app, Flags& f, Command*& command) {
         c->add_option("--presence-penalty", r.sampling.presence_penalty, "0: none");
         c->add_option("--frequency-penalty", r.sampling.frequency_penalty, "0: none");
         c->add_option("--seed", f.seed, "the same seed draws the same; else a random one");
-        c->add_option("--stop", f.stop, "end before this text; may be repeated");
+        c->add_option("--stop", f.stop, "end before this text; may be repeated")
+            ->allow_extra_args(false);
         c->add_flag("--ignore-eos", r.ignore_eos, "go on behind the end of text");
     };
     const char *no_think = "Qwen3: answer without a thought", *ids = "the text as ids: 1,2,3";
@@ -1037,9 +1049,12 @@ void add_flags(CLI::App& app, Flags& f, Command*& command) {
     c->add_flag("--no-think", f.no_think, no_think);
     c = add("bench", bench, "speed of prompts (pp) and of decoding (tg)");
     engine(c);
-    c->add_option("--pp", f.pp, "prompt lengths")->delimiter(',');
-    c->add_option("--tg", f.tg, "tokens to decode")->delimiter(',');
-    c->add_option("--rows", f.rows, "sequences at a time")->delimiter(',');
+    auto list = [&](const char* name, vector<int>& values, const char* what) {
+        c->add_option(name, values, what)->delimiter(',')->allow_extra_args(false);
+    };
+    list("--pp", f.pp, "prompt lengths");
+    list("--tg", f.tg, "tokens to decode");
+    list("--rows", f.rows, "sequences at a time");
     engine(add("info", info, "the model's shape, and what fits here"));
     for (CLI::App* each : app.get_subcommands({}))
         for (const char* name : {"--threads", "--max-context", "--max-rows", "--chunk", "--samples",
@@ -1077,8 +1092,8 @@ int main(int argc, char** argv) {
         return run_command(argc, argv);
     } catch (const std::exception& e) {  // one line: what, where, what to do
         string line = e.what();
-        std::ranges::replace(line, '\n', ' ');
-        std::cerr << "nanocu: " << line << "\n";
+        std::ranges::replace_if(line, [](unsigned char c) { return c < 32; }, ' ');
+        std::cerr << "nanocu: " << line.substr(0, 300) << "\n";
         return 1;
     }
 }

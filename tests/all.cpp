@@ -3,5 +3,8 @@
 #include "cache.cpp"
 #include "sampler.cpp"
 #include "tokenizer.cpp"
+#include "text.cpp"
+#include "loader.cpp"
 #include "model.cpp"
 #include "engine.cpp"
+#include "commands.cpp"

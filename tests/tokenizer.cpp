@@ -8,15 +8,6 @@ const Tokenizer& tokenizer(const std::string& name) {
     return all.try_emplace(name, name == "smollm2" ? kDemo : "build/tokenizers/" + name).first->second;
 }
 
-double seconds_to_encode(const std::string& name, const std::string& text) {
-    const Tokenizer& t = tokenizer(name);
-    double start = now();
-    std::vector<int> ids = t.encode(text);
-    double seconds = now() - start;
-    CHECK(t.decode(ids) == text);
-    return seconds;
-}
-
 }  // namespace
 
 TEST_CASE("every golden text encodes and decodes as in Hugging Face") {
