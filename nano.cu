@@ -463,6 +463,7 @@ private:
         size_t block = KvMemory::block_bytes(c), context = std::min(c.context, o.max_context);
         size_t blocks = std::min(memory / block, (context / kBlockSize + 1) * o.max_rows);
         if (o.kv_memory) blocks = o.kv_memory / block;
+        if (o.kv_memory / 4 > memory) fail("--kv-memory: more than this machine has; lower it");
         if (!blocks) fail("KV memory: no room for a block of ", block, " bytes; raise --kv-memory");
         return int(std::min<size_t>(blocks, INT_MAX / kBlockSize));
     }
@@ -702,7 +703,7 @@ auto with_input(const string& text, const char* what, Convert convert) {
 
 vector<int> ids_of(const json& j) {
     for (const json& id : j)
-        if (!id.is_number_unsigned() || id > INT_MAX) fail("--ids, --decode: ", id.dump(), " is no id");
+        if (!id.is_number_unsigned() || id > INT_MAX) fail("--ids, --decode: no id: ", id.dump());
     return j.get<vector<int>>();
 }
 
@@ -1000,7 +1001,8 @@ void add_flags(CLI::App& app, Flags& f, Command*& command) {
     auto engine = [&](CLI::App* c) {
         EngineOptions& e = f.engine;
         c->add_option("--device", f.device, "auto, cpu or cuda");
-        c->add_option("--threads", f.threads, "of the CPU; else one a core");
+        c->add_option("--threads", f.threads, "of the CPU; else one a core")
+            ->check(CLI::Range(1, 1024));
         c->add_option("--kv-memory", e.kv_memory, "size of the KV cache, as 512M")
             ->transform(CLI::AsSizeValue(false));
         c->add_option("--max-context", e.max_context, "fewer tokens than the model allows");
@@ -1057,7 +1059,7 @@ void add_flags(CLI::App& app, Flags& f, Command*& command) {
     list("--rows", f.rows, "sequences at a time");
     engine(add("info", info, "the model's shape, and what fits here"));
     for (CLI::App* each : app.get_subcommands({}))
-        for (const char* name : {"--threads", "--max-context", "--max-rows", "--chunk", "--samples",
+        for (const char* name : {"--max-context", "--max-rows", "--chunk", "--samples",
                                  "--max-tokens", "--pp", "--tg", "--rows"})
             if (auto* o = each->get_option_no_throw(name)) o->check(CLI::Range(1, 1 << 24));
 }
