@@ -798,16 +798,17 @@ int chat(const Flags& f) {
     Chat format = Chat::load(f.model);
     Session s(f);
     format.thinking = !f.no_think;
+    s.text().encode(f.system);  // here and below: an error tells its offset in the user's own text
     vector<int> opening = s.text().encode(format.opening(f.system.empty() ? nullptr : &f.system));
     std::deque<vector<int>> turns;  // ids of a question, its answer and the end of turn
     string message = f.prompt.value_or("");
     if (f.prompt && message.empty()) fail("--prompt: no text; give a question");
-    s.text().encode(f.system + message);  // an error in UTF-8 is told where the user knows it
     while (f.prompt || read_message(message)) {
         bool reset = !f.prompt && message == "/reset";
         if (!f.prompt && message == "/quit") break;
         if (reset) turns.clear();
         if (reset || message.empty()) continue;
+        s.text().encode(message);
         turns.push_back(s.text().encode(format.user_turn(message)));
         int room = std::min(s.engine.context / 4, f.request.max_tokens);
         vector<int> prompt;
