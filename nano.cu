@@ -88,24 +88,25 @@ struct Activations {
 
 // =============================================================================================
 // 2. The ops on the CPU: bf16 weights, float everything else, OpenMP.
-//    The bits of a row depend on nothing but its own tokens: every sum has one order, whatever the
-//    batch, the chunk or the number of threads.
+//    All threads call each op; they share its loops and meet behind them. The bits of a row depend
+//    on nothing but its own tokens: every sum has one order, whatever the batch, chunk or threads.
 // =============================================================================================
 
 namespace cpu {
 
-// Eight lanes, at any address.
+// Four and eight lanes, at any address.
+typedef float f32x4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float f32x8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(2), may_alias));
 
 // One copy of a function for any x86-64-v3, one for AVX-512 with its 32 registers.
 #define NANOCU_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
+#define NANOCU_INLINE inline __attribute__((always_inline))
 
-float sum_of(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
-
-// exp(x) for x <= 0, relative error under 2e-7: 2^n times a polynomial on [-ln2 / 2, ln2 / 2].
-inline __attribute__((always_inline)) void exp8(f32x8& x) {
+// exp(x), |x| cut at 87, relative error under 2e-7: 2^n times a polynomial on [-ln2 / 2, ln2 / 2].
+NANOCU_INLINE void exp8(f32x8& x) {
     x = x > -87.0f ? x : f32x8{} - 87.0f;
+    x = x < 87.0f ? x : f32x8{} + 87.0f;
     f32x8 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
     f32x8 n = shifted - 12582912.0f;
     f32x8 r = x - n * 0.693359375f + n * 2.12194440e-4f, p = f32x8{} + 1 / 5040.0f;
@@ -113,14 +114,25 @@ inline __attribute__((always_inline)) void exp8(f32x8& x) {
     x = p * (f32x8)(((u32x8)shifted << 23) + 0x3F800000u);
 }
 
+// The sums over the lanes of four vectors, each in the same order.
+NANOCU_INLINE void sums_of(const f32x8 v[4], f32x4& out) {
+    f32x4 half[4];
+    for (int j = 0; j < 4; j++) half[j] = ((f32x4*)&v[j])[0] + ((f32x4*)&v[j])[1];
+    f32x4 ab = __builtin_shufflevector(half[0], half[1], 0, 1, 4, 5) +
+               __builtin_shufflevector(half[0], half[1], 2, 3, 6, 7);
+    f32x4 cd = __builtin_shufflevector(half[2], half[3], 0, 1, 4, 5) +
+               __builtin_shufflevector(half[2], half[3], 2, 3, 6, 7);
+    out = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+}
+
 // A row that is multiplied with weights has its 16-groups in the order 0 2 4 .. 14 1 3 .. 15: then
 // a shift and a mask split a vector of bf16 into the two of floats that go with it.
 inline int paired(int i) { return (i & ~15) + (i & 1) * 8 + (i & 15) / 2; }
 
 // The heart of it: R rows of x [R, K] times 4 rows of weights, each sum a chain of 8 lanes along K.
-// R is how many rows share a weight while it is in a register. out: [R, 4].
+// R is how many rows share a weight while it is in a register. out: every other one of [R, 2].
 template <int R>
-NANOCU_CLONES void tile(const float* x, int K, const bf16* const w[4], float* out) {
+NANOCU_CLONES void tile(const float* x, int K, const bf16* const w[4], f32x4* out) {
     f32x8 sum[R][4] = {};
     for (int k = 0; k < K; k += 16) {
         f32x8 even[4], odd[4];
@@ -136,46 +148,49 @@ NANOCU_CLONES void tile(const float* x, int K, const bf16* const w[4], float* ou
             for (int j = 0; j < 4; j++) sum[i][j] += xs[1] * odd[j];
         }
     }
-    for (int i = 0; i < R * 4; i++) out[i] = sum_of(sum[i / 4][i % 4]);
+    for (int i = 0; i < R; i++) sums_of(sum[i], out[2 * i]);
 }
 
-// All T rows of x [T, K] times the weights row(0) .. row(N - 1), four at a time: calls
-// store(t, n, sums of n .. n + 3). The rows go in groups that stay in L2 while all weights pass by.
+// All T rows of x [T, K] times the weights row(0) .. row(N - 1), eight at a time: calls
+// store(t, n, sums of n .. n + 7). The rows go in groups that stay in L2 while all weights pass by.
 template <class Row, class Store>
 void project(const float* x, int T, int K, int N, Row row, Store store) {
-    static decltype(tile<1>)* const tiles[] = {nullptr, tile<1>, tile<2>, tile<3>, nullptr, nullptr,
-                                               tile<6>};
-    static const int widest = __builtin_cpu_supports("avx512vl") ? 6 : 3;
-    const int group = std::max(6, 65536 / K / 6 * 6);
-    #pragma omp parallel
+    static const bool wide = __builtin_cpu_supports("avx512vl");
+    static decltype(tile<1>)* const tiles[] = {
+        nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<4>, tile<4>, tile<4>, tile<8>};
+    const int group = std::max(8, 65536 / K / 8 * 8);
     for (int begin = 0; begin < T; begin += group) {
         #pragma omp for schedule(static) nowait
-        for (int n = 0; n < N; n += 4) {
-            const bf16* w[4] = {row(n), row(n + 1), row(n + 2), row(n + 3)};
-            float sums[6 * 4];
+        for (int n = 0; n < N; n += 8) {
+            const bf16* w[8];
+            for (int j = 0; j < 8; j++) w[j] = row(n + j);
             for (int t = begin, end = std::min(T, begin + group), rows; t < end; t += rows) {
-                rows = std::min(end - t, widest);
-                if (rows > 3 && rows < 6) rows = 3;
-                tiles[rows](x + size_t(t) * K, K, w, sums);
-                for (int i = 0; i < rows; i++) store(t + i, n, sums + 4 * i);
+                rows = std::min(end - t, wide ? 8 : 3);
+                if (rows > 4 && rows < 8) rows = 4;
+                f32x8 sums[8];
+                for (int half = 0; half < 2; half++)
+                    tiles[rows](x + size_t(t) * K, K, w + 4 * half, (f32x4*)sums + half);
+                for (int i = 0; i < rows; i++) store(t + i, n, sums[i]);
             }
         }
     }
+    #pragma omp barrier
 }
 
 // RMS norm (Zhang and Sennrich 2019): out[order(i)] = x[i] / sqrt(mean(x^2) + eps) * weight[i].
 template <class Order>
 void norm(const float* x, const vector<float>& weight, float eps, float* out, Order order) {
-    double sum = 0;
+    f32x8 squares = {};
     int n = int(weight.size());
-    for (int i = 0; i < n; i++) sum += double(x[i]) * x[i];
-    float factor = 1 / std::sqrt(float(sum / n) + eps);
+    for (int i = 0; i < n; i += 8) squares += *(const f32x8*)(x + i) * *(const f32x8*)(x + i);
+    float sum = std::accumulate((float*)&squares, (float*)&squares + 8, 0.0f);
+    float factor = 1 / std::sqrt(sum / float(n) + eps);
     for (int i = 0; i < n; i++) out[order(i)] = x[i] * factor * weight[i];
 }
 
 void norm_rows(const Model& m, const Step& step, const vector<float>& weight, Activations& a) {
     size_t D = weight.size();
-    #pragma omp parallel for if (step.tokens() > 1)
+    #pragma omp for
     for (int t = 0; t < step.tokens(); t++)
         norm(&a.x[t * D], weight, m.config.norm_eps, &a.normed[t * D], paired);
 }
@@ -183,7 +198,7 @@ void norm_rows(const Model& m, const Step& step, const vector<float>& weight, Ac
 // x = the embeddings of the step's ids; the angles of its positions.
 void embed(const Model& m, const Step& step, Activations& a) {
     size_t D = m.config.hidden, half = m.config.inv_freq.size();
-    #pragma omp parallel for
+    #pragma omp for
     for (int t = 0; t < step.tokens(); t++) {
         const bf16* row = m.embed.row(step.ids[t]);
         std::transform(row, row + D, &a.x[t * D], bf16_to_float);
@@ -202,17 +217,15 @@ void norm_linear(const Model& m, const Layer& l, const Step& step, Activations& 
     auto row = [&](int n) {
         return n < Q ? l.q.row(n) : n < Q + K ? l.k.row(n - Q) : l.v.row(n - Q - K);
     };
-    auto store = [&](int t, int n, const float* sum) {
-        for (int j = 0; j < 4; j++) a.qkv[size_t(t) * N + n + j] = sum[j] + l.bias[n + j];
+    auto store = [&](int t, int n, f32x8 sum) {
+        *(f32x8*)&a.qkv[size_t(t) * N + n] = sum + *(const f32x8*)&l.bias[n];
     };
     project(a.normed.data(), step.tokens(), l.q.cols, N, row, store);
 }
 
 // x += in W^T, in: [T, W.cols]
 void add_linear(const vector<float>& in, const Matrix& w, const Step& step, Activations& a) {
-    auto store = [&](int t, int n, const float* sum) {
-        for (int j = 0; j < 4; j++) a.x[size_t(t) * w.rows + n + j] += sum[j];
-    };
+    auto store = [&](int t, int n, f32x8 sum) { *(f32x8*)&a.x[size_t(t) * w.rows + n] += sum; };
     project(in.data(), step.tokens(), w.cols, w.rows, [&](int n) { return w.row(n); }, store);
 }
 
@@ -220,48 +233,62 @@ void add_linear(const vector<float>& in, const Matrix& w, const Step& step, Acti
 void norm_swiglu(const Model& m, const Layer& l, const Step& step, Activations& a) {
     size_t F = l.gate.rows;
     norm_rows(m, step, l.mlp_norm, a);
-    auto row = [&](int n) { return (n % 2 ? l.up : l.gate).row(n / 2); };  // they take turns
-    auto store = [&](int t, int n, const float* sum) {
-        for (int j = 0; j < 4; j += 2)
-            a.h[t * F + paired((n + j) / 2)] = sum[j] / (1 + std::exp(-sum[j])) * sum[j + 1];
+    auto row = [&](int n) { return (n & 4 ? l.up : l.gate).row(n / 8 * 4 + n % 4); };  // by fours
+    auto store = [&](int t, int n, f32x8 sum) {
+        f32x8 e = -sum;
+        exp8(e);
+        for (int j = 0; j < 4; j++)
+            a.h[t * F + paired(n / 2 + j)] = sum[j] / (1 + e[j]) * sum[4 + j];
     };
     project(a.normed.data(), step.tokens(), l.gate.cols, 2 * int(F), row, store);
 }
 
-// One query q [HD] over the first n tokens of a table: out = softmax(q K^T / sqrt(HD)) V, paired.
-// scores: room for n, rounded up to whole blocks.
-NANOCU_CLONES void attend_one(const float* q, KvMemory& kv, int layer, int head, const int* table,
-                              int n, float* scores, float* out) {
-    int HD = kv.c.head_dim, blocks = Cache::blocks_for(n);
-    for (int b = 0; b < blocks; b++) {
-        const float* k = kv.keys(layer, table[b], head);
-        f32x8 s[4][2] = {};  // four chains, so that additions overlap
-        for (int d = 0; d < HD; d++)
-            for (int j = 0; j < 2; j++) s[d % 4][j] += q[d] * ((const f32x8*)k)[2 * d + j];
-        for (int j = 0; j < 2; j++)
-            *(f32x8*)(scores + b * kBlockSize + 8 * j) = (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]);
+// R queries q [R, HD] of one kv head over the first n tokens of a table: out [R, HD] =
+// softmax(q K^T / sqrt(HD)) V, paired. scores: room for R times n, rounded up to whole blocks.
+template <int R>
+NANOCU_CLONES void attend_heads(const float* q, KvMemory& kv, int layer, int head, const int* table,
+                                int n, float* scores, float* out) {
+    int HD = kv.c.head_dim, size = Cache::blocks_for(n) * kBlockSize;
+    float inverse[R], scale = 1 / std::sqrt(float(HD));
+    for (int i = 0; i < size; i += kBlockSize) {
+        const f32x8* k = (const f32x8*)kv.keys(layer, table[i / kBlockSize], head);
+        f32x8 sum[R][2] = {};
+        for (int d = 0; d < HD; d++, k += 2)
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < 2; j++) sum[r][j] += q[r * HD + d] * k[j];
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < 2; j++) *(f32x8*)(scores + r * size + i + 8 * j) = sum[r][j];
     }
-    std::fill(scores + n, scores + blocks * kBlockSize, -INFINITY);  // not written yet
-    float top = *std::max_element(scores, scores + n), scale = 1 / std::sqrt(float(HD));
-    f32x8 total = {};
-    for (int i = 0; i < blocks * kBlockSize; i += 8) {
-        f32x8& p = *(f32x8*)(scores + i);
-        p = (p - top) * scale;
-        exp8(p);
-        total += p;
-    }
-    vector<float> sums(HD);
-    for (int b = 0; b < blocks; b++) {
-        const float *v = kv.values(layer, table[b], head), *p = scores + b * kBlockSize;
-        int tokens = std::min(kBlockSize, n - b * kBlockSize);
-        for (int d = 0; d < HD; d += 8) {
-            f32x8 sum = *(f32x8*)&sums[d];
-            for (int i = 0; i < tokens; i++) sum += p[i] * *(const f32x8*)(v + i * HD + d);
-            *(f32x8*)&sums[d] = sum;
+    for (int r = 0; r < R; r++) {
+        float* p = scores + r * size;
+        std::fill(p + n, p + size, -INFINITY);  // not written yet
+        f32x8 tops = *(f32x8*)p, total = {};
+        for (int i = 8; i < size; i += 8) {
+            f32x8 more = *(f32x8*)(p + i);
+            tops = more > tops ? more : tops;
         }
+        float top = *std::max_element((float*)&tops, (float*)&tops + 8);
+        for (int i = 0; i < size; i += 8) {
+            f32x8& e = *(f32x8*)(p + i);
+            e = (e - top) * scale;
+            exp8(e);
+            total += e;
+        }
+        inverse[r] = 1 / std::accumulate((float*)&total, (float*)&total + 8, 0.0f);
     }
-    float inverse = 1 / sum_of(total);
-    for (int d = 0; d < HD; d++) out[paired(d)] = sums[d] * inverse;
+    for (int d = 0; d < HD; d += 16) {
+        f32x8 sum[R][2] = {};
+        for (int i = 0; i < n; i++) {
+            const float* v = kv.values(layer, table[i / kBlockSize], head);
+            v += i % kBlockSize * HD + d;
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < 2; j++)
+                    sum[r][j] += scores[r * size + i] * *(const f32x8*)(v + 8 * j);
+        }
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < 16; j++)
+                out[r * HD + d + paired(j)] = ((float*)sum[r])[j] * inverse[r];
+    }
 }
 
 // Norm (Qwen3) and RoPE of one head's q or k [HD] in row t: turns the pairs (v[i], v[i + HD / 2]).
@@ -282,38 +309,42 @@ void attend(const Model& m, int layer, const Step& step, Activations& a, KvMemor
     const Config& c = m.config;
     const Layer& l = m.layers[layer];
     int H = c.heads, KV = c.kv_heads, HD = c.head_dim;
-    #pragma omp parallel
-    {
-        #pragma omp for
-        for (int t = 0; t < step.tokens(); t++) {
-            float *q = &a.qkv[size_t(t) * c.qkv_dim()], *k = q + c.q_dim(), *v = k + c.kv_dim();
-            int position = step.positions[t], slot = position % kBlockSize;
-            int block = step.table(t)[position / kBlockSize];
-            for (int h = 0; h < H; h++) rotate(c, l.q_norm, a, t, q + h * HD);
-            for (int h = 0; h < KV; h++, k += HD, v += HD) {
-                rotate(c, l.k_norm, a, t, k);
-                for (int d = 0; d < HD; d++) kv.keys(layer, block, h)[d * kBlockSize + slot] = k[d];
-                std::copy(v, v + HD, kv.values(layer, block, h) + slot * HD);
-            }
+    static decltype(attend_heads<1>)* const attend_by_rows[] = {
+        nullptr, attend_heads<1>, attend_heads<2>, attend_heads<3>, attend_heads<4>};
+    #pragma omp for
+    for (int t = 0; t < step.tokens(); t++) {
+        float *q = &a.qkv[size_t(t) * c.qkv_dim()], *k = q + c.q_dim(), *v = k + c.kv_dim();
+        int position = step.positions[t], slot = position % kBlockSize;
+        int block = step.table(t)[position / kBlockSize];
+        for (int h = 0; h < H; h++) rotate(c, l.q_norm, a, t, q + h * HD);
+        for (int h = 0; h < KV; h++, k += HD, v += HD) {
+            rotate(c, l.k_norm, a, t, k);
+            for (int d = 0; d < HD; d++) kv.keys(layer, block, h)[d * kBlockSize + slot] = k[d];
+            std::copy(v, v + HD, kv.values(layer, block, h) + slot * HD);
         }
-        vector<float> scores(size_t(step.table_width) * kBlockSize);
-        #pragma omp for schedule(dynamic) collapse(2)
-        for (int t = 0; t < step.tokens(); t++)
-            for (int h = 0; h < H; h++)
-                attend_one(&a.qkv[size_t(t) * c.qkv_dim() + h * HD], kv, layer, h / (H / KV),
-                           step.table(t), step.positions[t] + 1, scores.data(),
-                           &a.att[(size_t(t) * H + h) * HD]);
     }
+    vector<float> scores(size_t(step.table_width) * kBlockSize * 4);
+    #pragma omp for schedule(dynamic) collapse(2)
+    for (int t = 0; t < step.tokens(); t++)
+        for (int head = 0; head < KV; head++)
+            for (int h = 0, rows; h < H / KV; h += rows) {
+                rows = std::min(4, H / KV - h);
+                size_t first = size_t(head) * (H / KV) + h;
+                attend_by_rows[rows](&a.qkv[size_t(t) * c.qkv_dim() + first * HD], kv, layer, head,
+                                     step.table(t), step.positions[t] + 1, scores.data(),
+                                     &a.att[(size_t(t) * H + first) * HD]);
+            }
 }
 
 // logits = norm(x) Wlm_head^T for these rows, at most kLogitRows
 void logits(const Model& m, std::span<const int> rows, Activations& a) {
     size_t D = m.config.hidden, V = m.config.vocab;
+    #pragma omp for
     for (size_t i = 0; i < rows.size(); i++)
         norm(&a.x[rows[i] * D], m.final_norm, m.config.norm_eps, &a.normed[i * D], paired);
     auto row = [&](int n) { return m.lm_head.row(std::min(n, int(V) - 1)); };
-    auto store = [&](int t, int n, const float* sum) {
-        std::copy(sum, sum + std::min<size_t>(4, V - n), &a.logits[t * V + n]);
+    auto store = [&](int t, int n, f32x8 sum) {
+        std::copy_n((float*)&sum, std::min<size_t>(8, V - n), &a.logits[t * V + n]);
     };
     project(a.normed.data(), int(rows.size()), int(D), int(V), row, store);
 }
@@ -324,6 +355,7 @@ void logits(const Model& m, std::span<const int> rows, Activations& a) {
 // 3. The forward pass
 // =============================================================================================
 
+// To be called by all threads, as the ops are.
 void forward(const Model& m, const Step& step, Activations& a, KvMemory& kv) {
     cpu::embed(m, step, a);
     for (int i = 0; i < m.config.layers; i++) {
@@ -429,6 +461,7 @@ public:
         for (int block : taken) std::ranges::fill(kv.block(block), NAN);
 #endif
         taken.clear();
+        #pragma omp parallel
         forward(model, step, act, kv);
         for (auto& [s, count] : parts) {
             cache.publish(s->ids, s->table, s->computed, s->computed + count);
@@ -533,6 +566,7 @@ private:
         size_t V = model.config.vocab;
         for (size_t begin = 0; begin < wanted.size(); begin += kLogitRows) {
             size_t count = std::min<size_t>(kLogitRows, wanted.size() - begin);
+            #pragma omp parallel
             cpu::logits(model, std::span(step.logit_rows).subspan(begin, count), act);
             #pragma omp parallel for schedule(dynamic)
             for (size_t i = 0; i < count; i++) {
@@ -893,7 +927,7 @@ double read_bandwidth() {
         cpu::f32x8 sum[4] = {};
         for (float *at = &data[size * thread], *end = at + size; at < end; at += 32)
             for (int j = 0; j < 4; j++) sum[j] += *(cpu::f32x8*)(at + 8 * j);
-        sink = cpu::sum_of(sum[0] + sum[1] + sum[2] + sum[3]);
+        sink = (sum[0] + sum[1] + sum[2] + sum[3])[0];
         return double(size) * sizeof(float);
     });
 }
@@ -907,7 +941,7 @@ double fma_peak() {
         for (int i = 0; i < rounds; i++)
             for (int j = 0; j < 12; j++) sum[j] = sum[j] * factor + factor;
         for (int j = 1; j < 12; j++) sum[0] += sum[j];
-        sink = cpu::sum_of(sum[0]);
+        sink = sum[0][0];
         return rounds * 12.0 * 8 * 2;
     });
 }
@@ -982,6 +1016,10 @@ int info(const Flags& f) {
 // =============================================================================================
 // 6. main
 // =============================================================================================
+
+// OpenMP's threads meet 250 times a token: those that wait spin for some microseconds, then sleep,
+// so that other work on the machine can go on. libgomp reads this before main.
+__attribute__((constructor(101))) void wait_briefly() { setenv("GOMP_SPINCOUNT", "1000", 0); }
 
 using Command = int(const Flags&);
 

@@ -18,8 +18,10 @@ std::vector<float> last_logits(const Model& m, const std::vector<int>& prompt, i
             step.positions.push_back(int(i));
             step.sequence.push_back(0);
         }
+        #pragma omp parallel
         forward(m, step, a, kv);
         int last = step.tokens() - 1;
+        #pragma omp parallel
         cpu::logits(m, std::span(&last, 1), a);
     }
     return {a.logits.begin(), a.logits.begin() + m.config.vocab};
