@@ -379,7 +379,8 @@ TEST_CASE("tokenize: text to ids and back, lines of JSON, and chats") {
     CHECK(tokenized(" --jsonl", strings) == arrays);
     CHECK(tokenized(" --jsonl --decode", arrays) == strings);
 
-    for (const json& one : golden("chat/smollm2.json")["renderings"]) {
+    const json chats = golden("chat/smollm2.json");
+    for (const json& one : chats["renderings"]) {
         folder.write("in", one["messages"].dump());
         Ran r = nanocu("tokenize " + kDemo + " --chat -f " + (folder / "in"));
         CHECK(json::parse(r.out) == demo_tokenizer().encode(one["text"].get<string>()));
