@@ -31,18 +31,55 @@ constexpr int kPrefetch = 8192;  // weights fetched ahead of their use on a CPU,
 // 1. The step and its memory
 // =============================================================================================
 
-// What the ops see of one iteration: T tokens of several sequences, each token one row.
+// What a row of logits is for: to draw the id at a position of a sequence, or to score it.
+struct Draw {
+    int row, part;                       // of Step::logit_rows, of the step's sequences
+    int sample, position;                // of the id that is asked for
+    const Sampling& sampling;
+    std::span<const int> prompt, output;  // before it, for penalties; gone after launch
+    int logprobs;                        // -1: none; k: of the id and the k likeliest
+    int id = -1;                         // in: the one to score, or -1; out: the new one
+    vector<TokenLogprob> scores = {};    // out
+
+    // From its row of logits [V].
+    void resolve(std::span<const float> logits) {
+        if (id < 0) {
+            vector<float> penalized(logits.begin(), logits.end());
+            if (sampling.has_penalties()) apply_penalties(penalized, sampling, prompt, output);
+            id = sample_id(penalized, sampling, sample, position);
+        }
+        if (logprobs >= 0) scores = log_probabilities(logits, id, logprobs);
+    }
+};
+
+// What a device sees of one iteration: T tokens of several sequences, each token one row. An id
+// below 0 is not known yet: -1 - i is what draw i of the step before it gives.
 struct Step {
     vector<int> ids, positions;  // [T]
     vector<int> sequence;        // [T], whose token this is: a row of tables
     vector<int> tables;          // [sequences, table_width], block tables
     int table_width = 0;
     vector<int> logit_rows;      // the rows whose logits are asked for
+    vector<Draw> draws;          // what for, in the same order
     vector<Cache::Copy> copies;  // blocks to copy before anything is written
+    vector<int> taken;           // blocks whose old contents nobody may read
 
     int tokens() const { return int(ids.size()); }
     const int* table(int row) const { return &tables[size_t(sequence[row]) * table_width]; }
 };
+
+// Where steps run. Its memory for keys and values comes with reserve.
+struct Device {
+    bool overlaps = false;  // launch returns before the step is done
+    virtual ~Device() = default;
+    virtual size_t block_bytes() const = 0;
+    virtual size_t free_memory() const = 0;  // what KV memory may take by default
+    virtual void reserve(int blocks) = 0;
+    virtual void launch(Step& step) = 0;
+    virtual void wait(Step& step) = 0;  // until the draws of this one, the oldest, are resolved
+};
+
+size_t physical_memory() { return size_t(sysconf(_SC_PHYS_PAGES)) * getpagesize(); }
 
 // Keys and values, in float. Inside a block a head's keys are transposed: one vector holds the same
 // component of eight tokens. Memory is real only once it is touched.
@@ -368,6 +405,44 @@ void forward(const Model& m, const Step& step, Activations& a, KvMemory& kv) {
     }
 }
 
+class CpuDevice : public Device {
+public:
+    CpuDevice(const Model& m, int tokens) : model(m), act(m.config, tokens) {}
+
+    size_t block_bytes() const override { return KvMemory::block_bytes(model.config); }
+    size_t free_memory() const override { return physical_memory() / 4; }
+    void reserve(int blocks) override { kv.emplace(model.config, blocks); }
+    void wait(Step&) override {}
+    void launch(Step& step) override {
+        for (auto [from, to] : step.copies)
+            std::ranges::copy(kv->block(from), kv->block(to).begin());
+#ifndef NDEBUG  // whoever reads what is no longer there gets NaN
+        for (auto [from, to] : step.copies) std::erase(step.taken, to);
+        for (int block : step.taken) std::ranges::fill(kv->block(block), NAN);
+#endif
+        #pragma omp parallel
+        forward(model, step, act, *kv);
+        size_t V = model.config.vocab;
+        for (size_t begin = 0; begin < step.logit_rows.size(); begin += kLogitRows) {
+            auto rows = std::span(step.logit_rows).subspan(begin);
+            rows = rows.first(std::min<size_t>(rows.size(), kLogitRows));
+            #pragma omp parallel
+            {
+                cpu::logits(model, rows, act);
+                #pragma omp for schedule(dynamic)
+                for (Draw& d : step.draws)
+                    if (size_t row = d.row - begin; row < rows.size())
+                        d.resolve({&act.logits[row * V], V});
+            }
+        }
+    }
+
+private:
+    const Model& model;
+    Activations act;
+    std::optional<KvMemory> kv;
+};
+
 // =============================================================================================
 // 4. The engine: continuous batching (Yu et al. 2022) over the paged cache
 // =============================================================================================
@@ -386,12 +461,21 @@ struct Request {
 struct Sequence {
     int number, sample;                   // of the request, of its samples
     std::shared_ptr<const Request> request;
-    vector<int> ids;                      // prompt and output
+    vector<int> ids;                      // prompt and output; -1: drawn, but not known yet
     int max_size;                         // ids at the end
     int unforked;                         // samples that start when the prompt is computed
     int computed = 0, cached = 0;         // ids in the cache; of the prompt's, found there
+    int published = 0;                    // ids that the cache knows of
+    int draw = 0;                         // the last step's that gives the last id
+    bool ended = false;
     vector<int> table = {};               // block table
     vector<double> prompt_logprobs = {};  // of prompt ids 1, 2, ..., if asked for
+
+    int known() const {  // ids before the first -1
+        int count = int(ids.size());
+        while (count > 0 && ids[count - 1] < 0) count--;
+        return count;
+    }
 };
 
 // What a step has to say about one sequence.
@@ -411,18 +495,23 @@ struct EngineOptions {
     bool prefix_cache = true;
 };
 
+std::unique_ptr<Device> make_device(const Model& m, const EngineOptions& o) {
+    return std::make_unique<CpuDevice>(m, std::max(o.chunk, o.max_rows));
+}
+
 class Engine {
 public:
     const Model& model;
     const EngineOptions options;
     const int context;  // most tokens of a sequence
+    const std::unique_ptr<Device> device;
     Cache cache;
     int preemptions = 0;
 
     Engine(const Model& m, EngineOptions o)
         : model(m), options(o), context(std::min(m.config.context, o.max_context)),
-          cache(choose_blocks(m.config, o), o.prefix_cache), kv(m.config, cache.blocks()),
-          act(m.config, std::max(o.chunk, o.max_rows)) {
+          device(make_device(m, o)), cache(choose_blocks(), o.prefix_cache) {
+        device->reserve(cache.blocks());
         cache.on_take = [this](int block) { taken.push_back(block); };
     }
 
@@ -446,190 +535,191 @@ public:
         auto request = std::make_shared<Request>(std::move(r));
         Sequence s = {requests, 0, request, request->prompt, max_size, request->samples - 1};
         if (request->score_prompt) s.prompt_logprobs.resize(size - 1);
-        waiting.push_back(std::make_unique<Sequence>(std::move(s)));
+        waiting.push_back(std::make_shared<Sequence>(std::move(s)));
         return requests++;
     }
 
-    bool busy() const { return !running.empty() || !waiting.empty(); }
+    bool busy() const { return !running.empty() || !waiting.empty() || flying.step; }
 
-    // One iteration: schedule, run, sample, collect. Returns at most one Output a sequence.
+    // One iteration: schedule, run, sample, collect. Returns at most one Output a sequence. On a
+    // device that overlaps, they are of the step before the one that is launched.
     vector<Output> step() {
-        Step step = schedule();
-        for (auto [from, to] : step.copies) std::ranges::copy(kv.block(from), kv.block(to).begin());
-#ifndef NDEBUG  // whoever reads what is no longer there gets NaN
-        for (auto [from, to] : step.copies) std::erase(taken, to);
-        for (int block : taken) std::ranges::fill(kv.block(block), NAN);
-#endif
-        taken.clear();
-        #pragma omp parallel
-        forward(model, step, act, kv);
-        for (auto& [s, count] : parts) {
-            cache.publish(s->ids, s->table, s->computed, s->computed + count);
-            s->computed += count;
-        }
-        sample(step);
-        return collect();
+        vector<Output> out;
+        Flight done = std::exchange(flying, {});
+        if (done.step && needs_ids(done)) collect(std::exchange(done, {}), out);
+        flying = schedule();
+        if (flying.step) launch(flying);
+        if (!device->overlaps) done = std::exchange(flying, {});
+        if (done.step) collect(std::move(done), out);
+        return out;
     }
 
     // Ends a sequence from outside (a stop string, Ctrl-C); sample -1: all of the request.
     void stop(int request, int sample) {
         for (auto* list : {&running, &waiting})
-            std::erase_if(*list, [&](const std::unique_ptr<Sequence>& s) {
-                bool ends = s->number == request && (sample < 0 || s->sample == sample);
-                if (ends) cache.release(s->table);
-                return ends;
+            std::erase_if(*list, [&](const std::shared_ptr<Sequence>& s) {
+                if (s->number != request || (sample >= 0 && s->sample != sample)) return false;
+                cache.release(s->table);
+                return s->ended = true;
             });
     }
 
 private:
     struct Part {  // of a step: the next count ids of a sequence
-        Sequence* sequence;
+        std::shared_ptr<Sequence> sequence;
         int count;
     };
-    struct Wanted {  // what a row of logits is for: to predict ids[target] of a part's sequence
-        int part, target;
-        vector<Output> drawn = {};  // one a sample, if ids[target] is new
+    struct Flight {  // a step that was launched, or is about to be
+        std::unique_ptr<Step> step;  // null: nothing to do
+        vector<Part> parts;
     };
 
-    static int choose_blocks(const Config& c, const EngineOptions& o) {
-        size_t memory = size_t(sysconf(_SC_PHYS_PAGES)) * getpagesize() / 4;
-        size_t block = KvMemory::block_bytes(c), context = std::min(c.context, o.max_context);
-        size_t blocks = std::min(memory / block, (context / kBlockSize + 1) * o.max_rows);
-        if (o.kv_memory) blocks = o.kv_memory / block;
-        if (o.kv_memory / 4 > memory) fail("--kv-memory: more than this machine has; lower it");
+    int choose_blocks() const {
+        size_t block = device->block_bytes(), most = (context / kBlockSize + 1) * options.max_rows;
+        size_t blocks = std::min(device->free_memory() / block, most);
+        if (options.kv_memory) blocks = options.kv_memory / block;
+        if (options.kv_memory > physical_memory())
+            fail("--kv-memory: more than this machine has; lower it");
         if (!blocks) fail("KV memory: no room for a block of ", block, " bytes; raise --kv-memory");
         return int(std::min<size_t>(blocks, INT_MAX / kBlockSize));
     }
 
+    // Whether the next step can't be scheduled before the ids of this one are known.
+    static bool needs_ids(const Flight& flight) {
+        return std::ranges::any_of(flight.step->draws, [&](const Draw& d) {
+            return d.sampling.has_penalties() || d.sample != flight.parts[d.part].sequence->sample;
+        });
+    }
+
     // First come, first served; running sequences before waiting ones. When blocks run out, the
     // youngest gives its own back and is computed again later.
-    Step schedule() {
-        Step step;
-        parts.clear();
-        wanted.clear();
+    Flight schedule() {
+        Flight flight = {std::make_unique<Step>(), {}};
         int budget = std::max(options.chunk, options.max_rows);
         for (size_t i = 0; i < running.size() && budget > 0; i++)
-            while (i < running.size() && !add_part(step, *running[i], budget)) {
+            while (i < running.size() && !add_part(flight, running[i], budget)) {
                 preemptions++;
                 suspend();
             }
         while (!waiting.empty() && int(running.size()) < options.max_rows && budget > 0) {
-            Sequence& s = *waiting.front();
+            auto s = waiting.front();
+            if (s->ids.back() < 0) break;  // on its way from the device
             // a prompt that is scored needs all its logits, so nothing may be skipped
-            if (!s.request->score_prompt) s.computed = cache.match(s.ids, s.table);
-            if (s.ids.size() == s.request->prompt.size()) s.cached = s.computed;
-            running.push_back(std::move(waiting.front()));
+            if (!s->request->score_prompt) s->computed = cache.match(s->ids, s->table);
+            s->published = s->computed;
+            if (s->ids.size() == s->request->prompt.size()) s->cached = s->computed;
+            running.push_back(s);
             waiting.pop_front();
-            if (add_part(step, s, budget)) continue;
+            if (add_part(flight, s, budget)) continue;
             suspend();  // until there are blocks
             break;
         }
-        size_t width = 0;
-        for (auto& part : parts) width = std::max(width, part.sequence->table.size());
-        for (auto& part : parts) {
+        Step& step = *flight.step;
+        for (auto& part : flight.parts)
+            step.table_width = std::max(step.table_width, int(part.sequence->table.size()));
+        for (auto& part : flight.parts) {
             const vector<int>& table = part.sequence->table;
             step.tables.insert(step.tables.end(), table.begin(), table.end());
-            step.tables.resize(step.tables.size() + width - table.size());
+            step.tables.resize(step.tables.size() + step.table_width - table.size());
         }
-        step.table_width = int(width);
-        return step;
+        step.taken = std::exchange(taken, {});
+        if (flight.parts.empty()) flight.step.reset();
+        return flight;
     }
 
     // The youngest sequence goes back to the head of those that wait.
     void suspend() {
         cache.release(running.back()->table);
-        running.back()->computed = 0;
+        running.back()->computed = running.back()->published = 0;
         waiting.push_front(std::move(running.back()));
         running.pop_back();
     }
 
     // Puts as many ids of s into the step as the budget allows; false if blocks do not suffice.
-    bool add_part(Step& step, Sequence& s, int& budget) {
+    bool add_part(Flight& flight, const std::shared_ptr<Sequence>& sequence, int& budget) {
+        Step& step = *flight.step;
+        Sequence& s = *sequence;
+        const Request& r = *s.request;
         int size = int(s.ids.size()), end = std::min(size, s.computed + budget);
+        if (size == s.max_size) return true;  // ends with what is on its way
         if (!cache.reserve(s.table, s.computed, end, step.copies)) return false;
+        auto add_draw = [&](int sample, int position, int logprobs, int id) {
+            int row = int(step.logit_rows.size()) - 1, part = int(flight.parts.size());
+            auto ids = std::span(s.ids), output = ids.subspan(r.prompt.size());
+            step.draws.push_back({row, part, sample, position, r.sampling, r.prompt, output,
+                                  logprobs, id});
+        };
         for (int i = s.computed; i < end; i++) {
-            if (i + 1 == size || i < int(s.prompt_logprobs.size())) {
-                wanted.push_back({int(parts.size()), i + 1});
-                step.logit_rows.push_back(step.tokens());
-            }
-            step.ids.push_back(s.ids[i]);
+            bool scored = i < int(s.prompt_logprobs.size());
+            if (i + 1 == size || scored) step.logit_rows.push_back(step.tokens());
+            if (scored) add_draw(s.sample, i + 1, 0, s.ids[i + 1]);
+            for (int n = s.unforked; i + 1 == size && n >= 0; n--)  // the sequence's own comes last
+                add_draw(s.sample + n, size, r.logprobs, -1);
+            step.ids.push_back(s.ids[i] < 0 ? -1 - s.draw : s.ids[i]);
             step.positions.push_back(i);
-            step.sequence.push_back(int(parts.size()));
+            step.sequence.push_back(int(flight.parts.size()));
         }
-        parts.push_back({&s, end - s.computed});
+        flight.parts.push_back({sequence, end - s.computed});
         budget -= end - s.computed;
         return true;
     }
 
-    // The logits, some rows at a time, and what they are for.
-    void sample(const Step& step) {
-        size_t V = model.config.vocab;
-        for (size_t begin = 0; begin < wanted.size(); begin += kLogitRows) {
-            size_t count = std::min<size_t>(kLogitRows, wanted.size() - begin);
-            #pragma omp parallel
-            cpu::logits(model, std::span(step.logit_rows).subspan(begin, count), act);
-            #pragma omp parallel for schedule(dynamic)
-            for (size_t i = 0; i < count; i++) {
-                Wanted& w = wanted[begin + i];
-                Sequence& s = *parts[w.part].sequence;
-                std::span<const float> logits(&act.logits[i * V], V);
-                bool is_new = w.target == int(s.ids.size());
-                for (int n = 0; is_new && n <= s.unforked; n++)
-                    w.drawn.push_back(draw(s, s.sample + n, logits));
-                if (is_new) continue;
-                auto chosen = log_probabilities(logits, s.ids[w.target], 0)[0];
-                s.prompt_logprobs[w.target - 1] = chosen.logprob;
+    void launch(Flight& flight) {
+        device->launch(*flight.step);
+        for (Part& part : flight.parts) part.sequence->computed += part.count;
+        for (int i = 0; Draw& d : flight.step->draws) {
+            Sequence& s = *flight.parts[d.part].sequence;
+            if (d.position == int(s.ids.size()) && d.sample == s.sample) {
+                s.ids.push_back(-1);
+                s.draw = i;
             }
+            i++;
         }
-    }
-
-    static Output draw(const Sequence& s, int sample, std::span<const float> logits) {
-        const Request& r = *s.request;
-        vector<float> penalized(logits.begin(), logits.end());
-        auto output = std::span(s.ids).subspan(r.prompt.size());
-        if (r.sampling.has_penalties()) apply_penalties(penalized, r.sampling, r.prompt, output);
-        int id = sample_id(penalized, r.sampling, sample, int(s.ids.size()));
-        Output out = {s.number, sample, id, s.cached};
-        if (r.logprobs >= 0) out.logprobs = log_probabilities(logits, id, r.logprobs);
-        return out;
     }
 
     // One more sequence like s, sharing its blocks.
     Sequence& fork(const Sequence& s, int sample) {
-        running.push_back(std::make_unique<Sequence>(s));
+        running.push_back(std::make_shared<Sequence>(s));
         Sequence& child = *running.back();
         child.sample = sample;
+        child.unforked = 0;
         cache.share(child.table);
         if (int(running.size()) > options.max_rows) suspend();  // it will find its blocks again
         return child;
     }
 
-    // Appends the drawn ids, starts the samples that waited for the prompt, ends what is finished.
-    vector<Output> collect() {
-        vector<Output> all;
-        for (auto& [part, target, drawn] : wanted) {
-            Sequence& leader = *parts[part].sequence;
-            if (!drawn.empty()) leader.unforked = 0;
-            for (size_t n = drawn.size(); n-- > 0;) {  // the leader last: till then all are like it
-                Output& out = drawn[n];
-                Sequence& s = n ? fork(leader, out.sample) : leader;
-                s.ids.push_back(out.id);
-                bool eos = !s.request->ignore_eos && model.config.eos.count(out.id);
-                out.finish = eos ? "stop" : int(s.ids.size()) == s.max_size ? "length" : nullptr;
-                if (out.finish) out.prompt_logprobs = s.prompt_logprobs;
-                all.push_back(std::move(out));
+    // Puts the drawn ids in, starts the samples that waited for the prompt, ends what is finished.
+    void collect(Flight flight, vector<Output>& all) {
+        device->wait(*flight.step);
+        for (Part& part : flight.parts) {
+            Sequence& s = *part.sequence;
+            int full = std::min(s.computed, s.known());
+            if (full > s.published) cache.publish(s.ids, s.table, s.published, full);
+            s.published = std::max(s.published, full);
+        }
+        for (Draw& d : flight.step->draws) {
+            Sequence& leader = *flight.parts[d.part].sequence;
+            if (leader.ended) continue;  // while this was on its way
+            if (d.position < int(leader.request->prompt.size())) {
+                leader.prompt_logprobs[d.position - 1] = d.scores[0].logprob;
+                continue;
             }
+            Sequence& s = d.sample == leader.sample ? leader : fork(leader, d.sample);
+            s.unforked = 0;
+            s.ids[d.position] = d.id;
+            Output out = {s.number, s.sample, d.id, s.cached};
+            bool eos = !s.request->ignore_eos && model.config.eos.count(d.id);
+            out.finish = eos ? "stop" : d.position + 1 == s.max_size ? "length" : nullptr;
+            if (out.finish) out.prompt_logprobs = s.prompt_logprobs;
+            out.logprobs = std::move(d.scores);
+            all.push_back(std::move(out));
         }
         for (const Output& out : all) if (out.finish) stop(out.request, out.sample);
-        return all;
     }
 
-    KvMemory kv;
-    Activations act;
-    std::deque<std::unique_ptr<Sequence>> waiting, running;  // each in order of arrival
-    vector<Part> parts;
-    vector<Wanted> wanted;  // one a row of logits
-    vector<int> taken;      // blocks whose contents are forgotten in this step
+    std::deque<std::shared_ptr<Sequence>> waiting, running;  // each in order of arrival
+    Flight flying;      // launched, not collected
+    vector<int> taken;  // blocks whose contents are forgotten in this step
     int requests = 0;
 };
 
