@@ -139,9 +139,9 @@ inline void read_config(const json& j, Config& c) {
     string name = j.at("architectures").at(0);
     if (!families.count(name)) fail(name, ": not Llama, Mistral, Qwen2 or Qwen3");
     c.type = families.at(name);
-    auto size = [&](const char* key, int64_t fallback = 0) {
+    auto size = [&](const char* key, int64_t fallback = 0, int most = kMaxDimension) {
         int64_t n = value_or(j, key, fallback);
-        if (n < 1 || n > kMaxDimension) fail(key, " is ", n, ", not a size");
+        if (n < 1 || n > most) fail(key, " is ", n, ", not a size");
         return int(n);
     };
     c.vocab = size("vocab_size");
@@ -149,7 +149,7 @@ inline void read_config(const json& j, Config& c) {
     c.layers = size("num_hidden_layers");
     c.heads = size("num_attention_heads");
     c.kv_heads = size("num_key_value_heads", c.heads);
-    c.head_dim = size("head_dim", c.hidden / c.heads);
+    c.head_dim = size("head_dim", c.hidden / c.heads, kMaxDimension / c.heads);
     c.intermediate = size("intermediate_size");
     c.context = size("max_position_embeddings");
     c.norm_eps = value_or(j, "rms_norm_eps", 1e-6f);
@@ -159,7 +159,6 @@ inline void read_config(const json& j, Config& c) {
              {"partial_rotary_factor", 1.0}, {"quantization_config", nullptr}, {window, false}});
     for (const json& type : value_or(j, "layer_types", json()))
         if (type != "full_attention") fail("layer type ", type, " is not supported");
-    if (int64_t(c.heads) * c.head_dim > kMaxDimension) fail("heads are too large");
     if (c.heads % c.kv_heads || c.hidden % 16 || c.head_dim % 16 || c.intermediate % 16)
         fail("sizes must be multiples of 16, heads a multiple of kv heads");
     read_rope(j, c);
@@ -429,8 +428,7 @@ private:
             utf8proc_uint8_t* form = nullptr;
             const auto options = utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
             auto size = utf8proc_map((utf8proc_uint8_t*)raw.data(), raw.size(), &form, options);
-            if (size < 0) fail("prompt: cannot be normalized: ", utf8proc_errmsg(size));
-            text.assign((char*)form, size);
+            text.assign((char*)form, size);  // cannot fail: the text is UTF-8, it has been split
             free(form);
         }
         vector<std::string_view> words = {text};
@@ -517,10 +515,13 @@ inline string trim(const string& text) {
     return find_last(content, text);
 }
 
-class Chat {
-public:
+struct Chat {
     bool thinking = true;  // Qwen3: false asks for an answer without a thought
-    string end_of_turn;    // what follows an answer
+    bool llama, drops_thoughts;
+    string bos, default_system;
+    string dates;                    // Llama 3.1 and later: the first lines of the system message
+    string no_thought, begins_with;  // how an answer begins
+    string end_of_turn;              // what follows it
 
     // The template is chat_template.jinja, or chat_template in tokenizer_config.json.
     static Chat load(const string& folder) {
@@ -584,22 +585,17 @@ public:
         return turn("user", text) + answer;
     }
 
-private:
+    // The parts of a message.
     string header(const string& role) const {
         if (llama) return "<|start_header_id|>" + role + "<|end_header_id|>\n\n";
         return "<|im_start|>" + role + "\n";
     }
     string turn(const string& role, string content) const {
-        size_t end = content.rfind("</think>");
+        size_t end = content.rfind("</think>");  // Qwen3: earlier thoughts are left out
         if (role == "assistant" && drops_thoughts && end != string::npos)
             content.erase(0, content.find_first_not_of('\n', end + 8));
         return header(role) + (llama ? trim(content) : content) + end_of_turn;
     }
-
-    bool llama, drops_thoughts;
-    string bos, default_system;
-    string dates;                    // Llama 3.1 and later: the first lines of the system message
-    string no_thought, begins_with;  // how an answer begins
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -657,7 +653,13 @@ public:
 private:
     const bf16* find(const string& name, const json& shape, uint64_t count) {
         bytes += count * sizeof(bf16);
-        if (dummy) return random(name.ends_with("norm.weight"), count);
+        uint64_t seed = memory.size() << 40;
+        // ones for norms, else uniform with deviation 0.02; the same in every run
+        if (dummy) return own(count, [=, ones = name.ends_with("norm.weight")](uint64_t i) {
+            uint64_t z = (seed + i) * 0x9E3779B97F4A7C15;  // splitmix64 (Steele et al. 2014)
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+            return ones ? 1 : 0.0346f * float(int32_t(z >> 32)) / 0x1p31f;
+        });
         if (!tensors.count(name)) fail(folder, ": no tensor ", name, "; is a file missing?");
         const auto& [info, data] = tensors.at(name);
         if (info["shape"] != shape)
@@ -665,21 +667,12 @@ private:
         string dtype = info["dtype"];
         if (dtype == "BF16" && uintptr_t(data) % alignof(bf16) == 0) return (const bf16*)data;
         if (dtype != "BF16") rounded = dtype;
-        return own(count, [&, data = data, size = dtype == "F32" ? 4 : 2](uint64_t i) {
+        bool wide = dtype == "F32", half = dtype == "F16";
+        return own(count, [=, data = data](uint64_t i) {
             uint32_t bits = 0;
-            memcpy(&bits, data + size * i, size);  // from any address
-            if (size == 4) return std::bit_cast<float>(bits);
-            return dtype == "F16" ? f16_to_float(bits) : bf16_to_float(bits);
-        });
-    }
-
-    // Ones for norms, else uniform with deviation 0.02; the same in every run.
-    const bf16* random(bool ones, uint64_t count) {
-        uint64_t seed = memory.size() << 40;
-        return own(count, [=](uint64_t i) {
-            uint64_t z = (seed + i) * 0x9E3779B97F4A7C15;  // splitmix64 (Steele et al. 2014)
-            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
-            return ones ? 1 : 0.0346f * float(int32_t(z >> 32)) / 0x1p31f;
+            memcpy(&bits, data + i * (wide ? 4 : 2), wide ? 4 : 2);  // from any address
+            if (wide) return std::bit_cast<float>(bits);
+            return half ? f16_to_float(bits) : bf16_to_float(bits);
         });
     }
 
