@@ -11,6 +11,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <immintrin.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #include <utf8proc.h>
@@ -21,7 +22,6 @@
 #include <fstream>
 #include <iomanip>
 #include <nlohmann/json.hpp>
-#include <numeric>
 #include <queue>
 #include <set>
 #include <span>
@@ -33,16 +33,9 @@
 using nlohmann::json;
 using std::string, std::vector;
 
-// Limits of what a file may claim; no real model comes near them.
-constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // safetensors header, as the reference loader
-constexpr int kMaxDimension = 1 << 24;             // of any one size or id
+constexpr int kMaxDimension = 1 << 24;  // of any size or id in a file; no real model comes near it
 
-inline string str(const auto&... args) {
-    std::ostringstream out;
-    (out << ... << args);
-    return out.str();
-}
-
+inline string str(const auto&... args) { return (std::ostringstream() << ... << args).str(); }
 [[noreturn]] inline void fail(const auto&... args) { throw std::runtime_error(str(args...)); }
 
 inline string read_file(const string& path) {
@@ -66,21 +59,34 @@ inline json parse_json(std::string_view text, size_t* keys = nullptr) {
     return json::parse(text);
 }
 
-// Calls load(what the file holds). Broken JSON and wrong types become one line each. optional: a
-// file that does not exist is passed over.
-void with_json(const string& path, auto load, bool optional = false) {
-    if (optional && !std::filesystem::exists(path)) return;
+// Runs work; whatever is wrong becomes one line that begins with the file's path.
+void in_file(const string& path, auto work) {
     try {
-        load(parse_json(read_file(path)));
-    } catch (const json::exception& e) {
+        work();
+    } catch (const json::exception& e) {  // broken JSON or a wrong type; [its kind] comes first
         fail(path, ": ", strchr(e.what(), ']') + 2, "; is the download complete?");
+    } catch (const std::exception& e) {
+        fail(path, ": ", e.what());
     }
 }
 
+// Calls load(what the file holds). optional: a file that does not exist is passed over.
+void with_json(const string& path, auto load, bool optional = false) {
+    if (optional && !std::filesystem::exists(path)) return;
+    string text = read_file(path);
+    in_file(path, [&] { load(parse_json(text)); });
+}
+
 // j[key], or fallback where it is missing or null.
-template <class T>
-T value_or(const json& j, const char* key, T fallback) {
-    return j.contains(key) && !j[key].is_null() ? j[key].get<T>() : fallback;
+auto value_or(const json& j, const string& key, auto fallback) {
+    return j.contains(key) && !j[key].is_null() ? j[key].get<decltype(fallback)>() : fallback;
+}
+
+// Refuses by name what is not built: where one of these keys is there, nothing else will do.
+// whose: begins the message.
+inline void only(const json& j, const std::map<string, json>& built, const string& whose = "") {
+    for (const auto& [key, value] : built)
+        if (value_or(j, key, value) != value) fail(whose, key, " ", j[key], " is not supported");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -107,20 +113,22 @@ struct Config {
 // Frequencies of rotary position embedding (Su et al. 2021), in float as transformers computes
 // them, with Llama 3.1's scaling: long wavelengths are stretched by factor, those between
 // are blended.
-inline vector<float> rope_frequencies(int head_dim, const json& rope, float theta) {
-    vector<float> freq(head_dim / 2);
-    for (int i = 0; i < head_dim / 2; i++) freq[i] = 1 / std::pow(theta, float(2 * i) / head_dim);
+inline void read_rope(const json& j, Config& c) {
+    // transformers 5 keeps theta and scaling in rope_parameters, 4 keeps them apart
+    json rope = value_or(j, "rope_parameters", value_or(j, "rope_scaling", json::object()));
+    float theta = value_or(rope, "rope_theta", value_or(j, "rope_theta", 10000.0f));
+    for (int i = 0; i < c.head_dim; i += 2)
+        c.inv_freq.push_back(1 / std::pow(theta, float(i) / c.head_dim));
     string type = rope.value("rope_type", rope.value("type", "default"));
-    if (type == "default") return freq;
-    if (type != "llama3") fail("config.json: rope type ", type, " is not supported");
+    if (type == "default") return;
+    if (type != "llama3") fail("rope type ", type, " is not supported");
     float factor = rope.at("factor"), low = rope.at("low_freq_factor");
     float high = rope.at("high_freq_factor"), old = rope.at("original_max_position_embeddings");
-    for (float& f : freq) {
+    for (float& f : c.inv_freq) {
         float turns = old * f / float(2 * M_PI);  // in the context before scaling
         float keep = std::clamp((turns - low) / (high - low), 0.0f, 1.0f);
         f = (1 - keep) * f / factor + keep * f;
     }
-    return freq;
 }
 
 // Sizes and family; what would change the result and is not built is refused by name.
@@ -129,11 +137,11 @@ inline void read_config(const json& j, Config& c) {
         {"LlamaForCausalLM", "llama"}, {"MistralForCausalLM", "mistral"},
         {"Qwen2ForCausalLM", "qwen2"}, {"Qwen3ForCausalLM", "qwen3"}};
     string name = j.at("architectures").at(0);
-    if (!families.count(name)) fail("config.json: ", name, ": not Llama, Mistral, Qwen2, Qwen3");
+    if (!families.count(name)) fail(name, ": not Llama, Mistral, Qwen2 or Qwen3");
     c.type = families.at(name);
-    auto size = [&](const char* key, int64_t fallback = 0) {
+    auto size = [&](const char* key, int64_t fallback = 0, int most = kMaxDimension) {
         int64_t n = value_or(j, key, fallback);
-        if (n < 1 || n > kMaxDimension) fail("config.json: ", key, " is ", n, ", not a size");
+        if (n < 1 || n > most) fail(key, " is ", n, ", not a size");
         return int(n);
     };
     c.vocab = size("vocab_size");
@@ -141,27 +149,19 @@ inline void read_config(const json& j, Config& c) {
     c.layers = size("num_hidden_layers");
     c.heads = size("num_attention_heads");
     c.kv_heads = size("num_key_value_heads", c.heads);
-    c.head_dim = size("head_dim", c.hidden / c.heads);
+    c.head_dim = size("head_dim", c.hidden / c.heads, kMaxDimension / c.heads);
     c.intermediate = size("intermediate_size");
     c.context = size("max_position_embeddings");
     c.norm_eps = value_or(j, "rms_norm_eps", 1e-6f);
     c.tied = value_or(j, "tie_word_embeddings", false);
     const char* window = c.type[0] == 'q' ? "use_sliding_window" : "sliding_window";
-    const std::map<string, json> only = {  // where they are there, nothing else will do
-        {"hidden_act", "silu"}, {"attention_bias", false}, {"mlp_bias", false},
-        {"partial_rotary_factor", 1.0}, {"quantization_config", nullptr}, {window, false}};
-    for (const auto& [key, value] : only)
-        if (j.contains(key) && !j[key].is_null() && j[key] != value)
-            fail("config.json: ", key, " ", j[key].dump(), " is not supported");
+    only(j, {{"hidden_act", "silu"}, {"attention_bias", false}, {"mlp_bias", false},
+             {"partial_rotary_factor", 1.0}, {"quantization_config", nullptr}, {window, false}});
     for (const json& type : value_or(j, "layer_types", json()))
-        if (type != "full_attention") fail("config.json: layer type ", type, " is not supported");
-    if (int64_t(c.heads) * c.head_dim > kMaxDimension) fail("config.json: heads are too large");
+        if (type != "full_attention") fail("layer type ", type, " is not supported");
     if (c.heads % c.kv_heads || c.hidden % 16 || c.head_dim % 16 || c.intermediate % 16)
-        fail("config.json: sizes must be multiples of 16, heads a multiple of kv heads");
-    // transformers 5 keeps theta and scaling in rope_parameters, 4 keeps them apart
-    json rope = value_or(j, "rope_parameters", value_or(j, "rope_scaling", json::object()));
-    float theta = value_or(rope, "rope_theta", value_or(j, "rope_theta", 10000.0f));
-    c.inv_freq = rope_frequencies(c.head_dim, rope, theta);
+        fail("sizes must be multiples of 16, heads a multiple of kv heads");
+    read_rope(j, c);
 }
 
 inline Config load_config(const string& folder) {
@@ -175,9 +175,8 @@ inline Config load_config(const string& folder) {
     with_json(folder + "/generation_config.json", [&](const json& j) {
         add_eos(j);
         // transformers' rule: greedy, unless do_sample or a temperature asks for more
-        bool has_temperature = value_or(j, "temperature", -1.0f) >= 0;
-        bool sample = value_or(j, "do_sample", has_temperature);
-        c.temperature = sample ? value_or(j, "temperature", 1.0f) : 0;
+        float t = value_or(j, "temperature", -1.0f);
+        c.temperature = !value_or(j, "do_sample", t >= 0) ? 0 : t < 0 ? 1 : t;
         c.top_k = value_or(j, "top_k", 0.0f);
         c.top_p = value_or(j, "top_p", 1.0f);
         c.min_p = value_or(j, "min_p", 0.0f);
@@ -192,16 +191,14 @@ inline Config load_config(const string& folder) {
 // The first character of s: its length if it is whole and valid; 0 if s ends inside it; else minus
 // the number of bytes that one U+FFFD stands for (Unicode standard, table 3-7).
 inline int utf8_char(std::string_view s) {
-    unsigned char b = s[0];
-    int length = b < 0x80 ? 1 : b < 0xC2 ? 0 : b < 0xE0 ? 2 : b < 0xF0 ? 3 : b < 0xF5 ? 4 : 0;
-    for (int i = 1; i < length; i++) {
-        if (i >= int(s.size())) return 0;
-        // no overlong forms, no surrogates, nothing past U+10FFFF
-        int low = i > 1 ? 0x80 : b == 0xE0 ? 0xA0 : b == 0xF0 ? 0x90 : 0x80;
-        int high = i > 1 ? 0xBF : b == 0xED ? 0x9F : b == 0xF4 ? 0x8F : 0xBF;
-        if ((unsigned char)s[i] < low || (unsigned char)s[i] > high) return -i;
-    }
-    return length ? length : -1;
+    for (int n = std::min(4, int(s.size())); n > 0; n--)
+        for (const char* rest : {"\x80\x80\x80", "\xBF\xBF\xBF"}) {  // one fits all that can go on
+            string whole = string(s.substr(0, n)) + rest;
+            int code;
+            auto length = utf8proc_iterate((utf8proc_uint8_t*)whole.data(), whole.size(), &code);
+            if (length > 0) return length <= n ? int(length) : n < int(s.size()) ? -n : 0;
+        }
+    return -1;
 }
 
 // Moves the whole characters at the front of bytes to the end of text, bad ones as U+FFFD. What may
@@ -221,65 +218,50 @@ inline void utf8_take(string& bytes, string& text, bool end) {
 // Tokenizer: byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2), as Hugging Face
 // tokenizers runs it: added tokens -> normalizer -> splits -> merges -> post-processor.
 
-// A pattern of tokenizer.json, compiled by PCRE2 with its JIT.
-class Regex {
-public:
-    explicit Regex(const string& pattern) {
-        string p = with_unicode_space(pattern);
-        int error;
-        size_t at;
-        const auto options = PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C;  // no half characters
-        code.reset(pcre2_compile((PCRE2_SPTR)p.data(), p.size(), options, &error, &at, nullptr),
-                   pcre2_code_free);
-        if (!code) fail("tokenizer.json: cannot compile the pattern ", pattern);
-        pcre2_jit_compile(code.get(), PCRE2_JIT_COMPLETE);  // without a JIT, matching still works
-    }
+using Regex = std::shared_ptr<pcre2_code>;
 
-    // Calls found(part, matches) for every match and for what is between, from left to right.
-    void split(std::string_view text, auto found) const {
-        auto* match = pcre2_match_data_create(1, nullptr);
-        std::shared_ptr<pcre2_match_data> owner(match, pcre2_match_data_free);
-        const size_t* at = pcre2_get_ovector_pointer(match);
-        for (size_t done = 0; done < text.size(); done = at[1]) {
-            // UTF-8 is checked once, at the beginning
-            auto options = PCRE2_NOTEMPTY | (done ? PCRE2_NO_UTF_CHECK : 0);
-            auto attempt = [&](int more) {
-                return pcre2_match(code.get(), (PCRE2_SPTR)text.data(), text.size(), done,
-                                   options | more, match, nullptr);
-            };
-            int rc = attempt(0);
-            if (rc == PCRE2_ERROR_JIT_STACKLIMIT) rc = attempt(PCRE2_NO_JIT);  // uses the heap
-            if (rc == PCRE2_ERROR_NOMATCH) return found(text.substr(done), false);
-            if (rc <= PCRE2_ERROR_UTF8_ERR1 && rc >= PCRE2_ERROR_UTF8_ERR21)
-                fail("prompt: invalid UTF-8 at byte ", pcre2_get_startchar(match),
-                     "; convert the text to UTF-8 first");
-            if (rc < 0) fail("prompt: the tokenizer's pattern gave up at byte ", done);
-            if (at[0] > done) found(text.substr(done, at[0] - done), false);
-            found(text.substr(at[0], at[1] - at[0]), true);
-        }
+inline Regex compile(string pattern) {
+    // \s must be Unicode's White_Space; PCRE2's own still holds U+180E
+    for (size_t i = 0; (i = pattern.find('\\', i)) != string::npos; i += 2) {
+        if (pattern[i + 1] == 's') pattern.replace(i, 2, "\\p{White_Space}");
+        if (pattern[i + 1] == 'S') pattern.replace(i, 2, "\\P{White_Space}");
     }
+    int error;
+    size_t at;
+    const auto options = PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C;  // no half characters
+    Regex regex(pcre2_compile((PCRE2_SPTR)pattern.data(), pattern.size(), options, &error, &at,
+                              nullptr), pcre2_code_free);
+    if (!regex) fail("cannot compile the pattern ", pattern);
+    pcre2_jit_compile(regex.get(), PCRE2_JIT_COMPLETE);  // without a JIT, matching still works
+    return regex;
+}
 
-    // The last match in text, or "".
-    string find(std::string_view text) const {
-        string last;
-        split(text, [&](std::string_view part, bool matches) { if (matches) last = part; });
-        return last;
+// Calls found(part, matches) for every match and for what is between, from left to right.
+void split(const Regex& regex, std::string_view text, auto found) {
+    std::shared_ptr<pcre2_match_data> match(pcre2_match_data_create(1, nullptr),
+                                            pcre2_match_data_free);
+    const size_t* at = pcre2_get_ovector_pointer(match.get());
+    for (size_t done = 0; done < text.size(); done = at[1]) {
+        // UTF-8 is checked once, at the beginning
+        auto options = PCRE2_NOTEMPTY | (done ? PCRE2_NO_UTF_CHECK : 0);
+        int rc = pcre2_match(regex.get(), (PCRE2_SPTR)text.data(), text.size(), done, options,
+                             match.get(), nullptr);
+        if (rc == PCRE2_ERROR_NOMATCH) return found(text.substr(done), false);
+        if (rc <= PCRE2_ERROR_UTF8_ERR1 && rc >= PCRE2_ERROR_UTF8_ERR21)
+            fail("prompt: invalid UTF-8 at byte ", pcre2_get_startchar(match.get()),
+                 "; convert the text to UTF-8 first");
+        if (rc < 0) fail("prompt: the tokenizer's pattern gave up at byte ", done);
+        if (at[0] > done) found(text.substr(done, at[0] - done), false);
+        found(text.substr(at[0], at[1] - at[0]), true);
     }
+}
 
-private:
-    // \s must be Unicode's White_Space; PCRE2's own still holds U+180E.
-    static string with_unicode_space(string p) {
-        for (size_t i = 0; i + 1 < p.size(); i++) {
-            if (p[i] != '\\') continue;
-            if (p[i + 1] == 's') p.replace(i, 2, "\\p{White_Space}");
-            if (p[i + 1] == 'S') p.replace(i, 2, "\\P{White_Space}");
-            i++;  // over what is escaped
-        }
-        return p;
-    }
-
-    std::shared_ptr<pcre2_code> code;
-};
+// The last match in text, or "".
+inline string find_last(const Regex& regex, std::string_view text) {
+    string last;
+    split(regex, text, [&](std::string_view part, bool matches) { if (matches) last = part; });
+    return last;
+}
 
 class Tokenizer {
 public:
@@ -287,20 +269,13 @@ public:
 
     // Reads folder/tokenizer.json. What it asks for and is not built is refused by name.
     explicit Tokenizer(const string& folder) {
+        for (int b = 0, next = 0x100; b < 256; b++)
+            byte_of[(b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++] = char(b);
         with_json(folder + "/tokenizer.json", [&](const json& j) {
-            // a component is nothing, itself, or the list of a Sequence
-            auto parts = [&](const char* name, const char* list) {
-                json part = value_or(j, name, json({{"type", "Sequence"}, {list, json::array()}}));
-                return part.at("type") == "Sequence" ? part.at(list) : json::array({part});
-            };
             load_vocabulary(j.at("model"));
-            for (const json& part : parts("normalizer", "normalizers")) {
-                if (part.at("type") != "NFC") unsupported("normalizer", part);
-                nfc = true;
-            }
+            for (const char* stage : {"normalizer", "pre_tokenizer", "post_processor"})
+                if (json part = value_or(j, stage, json()); !part.is_null()) add_part(stage, part);
             add_tokens(value_or(j, "added_tokens", json()));
-            for (const json& part : parts("pre_tokenizer", "pretokenizers")) add_split(part);
-            for (const json& part : parts("post_processor", "processors")) add_template(part);
         });
         with_json(folder + "/tokenizer_config.json", [&](const json& j) {
             eos = find(added, token_text(j, "eos_token"));
@@ -317,7 +292,7 @@ public:
     // adds (bos). Special strings inside the text become their ids, as in Hugging Face.
     vector<int> encode(std::string_view text, bool special = false) const {
         vector<int> ids = special ? prefix : vector<int>();
-        any_added.split(text, [&](std::string_view part, bool matches) {
+        split(any_added, text, [&](std::string_view part, bool matches) {
             if (matches) ids.push_back(find(added, string(part)));
             else encode_words(part, ids);
         });
@@ -338,12 +313,14 @@ public:
     bool is_special(int id) const { return specials.count(id) > 0; }
 
 private:
+    std::unordered_map<int, char> byte_of;         // GPT-2's characters for the 256 bytes
     vector<string> pieces;                         // id -> bytes
-    std::unordered_map<string, int> vocab, added;  // bytes -> id; text -> id
+    std::unordered_map<string, int> vocab;         // bytes -> id
+    std::map<string, int, std::greater<>> added;   // text -> id; before "a" comes "ab"
     std::unordered_map<uint64_t, int> ranks;       // pair(left id, right id) -> rank of its merge
     vector<int> merged;                            // rank -> id
     std::set<int> specials;
-    Regex any_added{"(?!)"};     // any added token, the longest first
+    Regex any_added = compile("(?!)");
     bool nfc = false;            // normalize to this form
     vector<Regex> splits;        // what matches stands alone, and what is between
     vector<int> prefix, suffix;  // what the post-processor adds
@@ -356,127 +333,113 @@ private:
         return found == map.end() ? -1 : found->second;
     }
 
-    [[noreturn]] static void unsupported(const char* part, const json& what) {
-        fail("tokenizer.json: ", part, " ", what.dump(), " is not supported, byte-level BPE is");
-    }
-
     // GPT-2 writes each byte as a printable character: itself, or the next free one from U+0100 on.
     // Undoes that; a text with any other character stays as it is.
-    static string from_byte_level(const string& text) {
-        static const vector<int> byte_of = [] {
-            vector<int> table(0x144, -1);
-            for (int b = 0, next = 0x100; b < 256; b++)
-                table[(b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++] = b;
-            return table;
-        }();
+    string from_byte_level(const string& text) const {
         string out;
         for (size_t i = 0; i < text.size();) {
             int code;
             i += utf8proc_iterate((const utf8proc_uint8_t*)&text[i], -1, &code);
-            if (code >= int(byte_of.size()) || byte_of[code] < 0) return text;
-            out += char(byte_of[code]);
+            if (!byte_of.contains(code)) return text;
+            out += byte_of.at(code);
         }
         return out;
     }
 
     const string& add_piece(const string& text, int id) {
-        if (id < 0 || id >= kMaxDimension) fail("tokenizer.json: id ", id, " is out of range");
+        if (id < 0 || id >= kMaxDimension) fail("id ", id, " is out of range");
         if (id >= int(pieces.size())) pieces.resize(id + 1);
         return pieces[id] = from_byte_level(text);
     }
 
     void load_vocabulary(const json& j) {
-        if (value_or(j, "type", string("BPE")) != "BPE") unsupported("type", j["type"]);
-        if (value_or(j, "byte_fallback", false)) unsupported("byte_fallback", true);
-        for (const char* affix : {"end_of_word_suffix", "continuing_subword_prefix"})
-            if (value_or(j, affix, string()) != "") unsupported(affix, j[affix]);
+        only(j, {{"type", "BPE"}, {"byte_fallback", false}, {"end_of_word_suffix", ""},
+                 {"continuing_subword_prefix", ""}});
         ignore_merges = value_or(j, "ignore_merges", false);
         for (const auto& [text, id] : j.at("vocab").items()) vocab[add_piece(text, id)] = id;
         for (const json& merge : j.at("merges")) {  // "a b", or ["a", "b"] in newer files
-            string text = merge.is_string() ? merge.get<string>() : "";
+            string text = merge.is_string() ? string(merge)
+                                            : string(merge.at(0)) + " " + string(merge.at(1));
             size_t space = text.find(' ');
-            string left = merge.is_string() ? text.substr(0, space) : merge.at(0).get<string>();
-            string right = merge.is_string() ? text.substr(space + 1) : merge.at(1).get<string>();
-            left = from_byte_level(left), right = from_byte_level(right);
+            string left = from_byte_level(text.substr(0, space));
+            string right = from_byte_level(text.substr(space + 1));
             int l = find(vocab, left), r = find(vocab, right), both = find(vocab, left + right);
-            if (l < 0 || r < 0 || both < 0) unsupported("merge of unknown tokens", merge);
+            if (l < 0 || r < 0 || both < 0) fail("merge of unknown tokens ", merge);
             ranks[pair(l, r)] = int(merged.size());
             merged.push_back(both);
         }
     }
 
+    // What is done before the merges or behind them; a Sequence is a list of such parts.
+    void add_part(const string& stage, const json& j) {
+        static const char* gpt2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+|"
+                                  " ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+        string part = stage + " " + j.at("type").get<string>();
+        if (part == stage + " Sequence") {
+            for (const json& list : j)
+                if (list.is_array()) for (const json& one : list) add_part(stage, one);
+        } else if (part == "normalizer NFC") {
+            nfc = true;
+        } else if (part == "pre_tokenizer Split" && j.at("pattern").contains("Regex")) {
+            only(j, {{"behavior", "Isolated"}, {"invert", false}});
+            splits.push_back(compile(j["pattern"]["Regex"]));
+        } else if (part == "pre_tokenizer Digits") {
+            splits.push_back(compile(j.at("individual_digits") ? "\\p{N}" : "\\p{N}+"));
+        } else if (part == "pre_tokenizer ByteLevel") {
+            only(j, {{"add_prefix_space", false}});
+            if (value_or(j, "use_regex", true)) splits.push_back(compile(gpt2));
+        } else if (part == "post_processor TemplateProcessing") {
+            const json& tokens = j.at("special_tokens");
+            vector<int>* side = &prefix;
+            for (const json& piece : j.at("single")) {
+                if (piece.contains("Sequence")) side = &suffix;
+                else for (int id : tokens.at(piece.at("SpecialToken").at("id")).at("ids"))
+                    side->push_back(id);
+            }
+        } else if (part != "post_processor ByteLevel") {  // that one moves offsets only
+            fail(stage, " ", j, " is not supported, byte-level BPE is");
+        }
+    }
+
     void add_tokens(const json& list) {
-        vector<string> texts;
+        std::map<string, json> plain{{"single_word", false}, {"lstrip", false}, {"rstrip", false}};
+        if (nfc) plain["normalized"] = false;
         for (const json& token : list) {
-            const string& text = texts.emplace_back(token.at("content"));
-            for (const char* flag : {"single_word", "lstrip", "rstrip", "normalized"})
-                if (value_or(token, flag, false) && (nfc || flag != string("normalized")))
-                    unsupported(flag, token);
+            string text = token.at("content");
+            only(token, plain, text + ": ");
             int id = added[text] = token.at("id");
             add_piece(text, id);
             if (value_or(token, "special", false)) specials.insert(id);
         }
-        std::ranges::sort(texts, std::greater(), &string::size);  // the longest first
         string any;
-        for (const string& text : texts) {
+        for (const auto& [text, id] : added) {
             any += '|';
             for (char c : text) any += isalnum(c) || (c & 0x80) ? string(1, c) : string{'\\', c};
         }
-        if (!texts.empty()) any_added = Regex(any.substr(1));
-    }
-
-    void add_split(const json& j) {
-        static const char* gpt2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+|"
-                                  " ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
-        string type = j.at("type");
-        if (type == "Split" && j.at("behavior") == "Isolated" && j.at("pattern").contains("Regex"))
-            splits.emplace_back(j["pattern"]["Regex"].get<string>());
-        else if (type == "Digits")
-            splits.emplace_back(value_or(j, "individual_digits", false) ? "\\p{N}" : "\\p{N}+");
-        else if (type == "ByteLevel" && !value_or(j, "add_prefix_space", true)) {
-            if (value_or(j, "use_regex", true)) splits.emplace_back(gpt2);
-        } else unsupported("pre_tokenizer", j);
-    }
-
-    void add_template(const json& j) {
-        if (j.at("type") == "ByteLevel") return;  // moves offsets only
-        if (j["type"] != "TemplateProcessing") unsupported("post_processor", j["type"]);
-        vector<int>* side = &prefix;
-        for (const json& part : j.at("single")) {
-            if (part.contains("Sequence")) {
-                side = &suffix;
-                continue;
-            }
-            const json& token = j.at("special_tokens").at(part.at("SpecialToken").at("id"));
-            for (int id : token.at("ids")) side->push_back(id);
-        }
+        if (!added.empty()) any_added = compile(any.substr(1));
     }
 
     // text between added tokens: normalized, split into words, merged word by word.
     void encode_words(std::string_view raw, vector<int>& ids) const {
         string text(raw);
         if (nfc) {
-            static const Regex absurd("\\p{M}{256}");  // sorting n of them takes n^2 steps
-            if (absurd.find(raw) != "") fail("prompt: 256 combining marks in a row; remove some");
+            static const Regex absurd = compile("\\p{M}{256}");  // sorting n takes n^2 steps
+            if (find_last(absurd, raw) != "") fail("prompt: 256 combining marks; remove some");
             utf8proc_uint8_t* form = nullptr;
             const auto options = utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
             auto size = utf8proc_map((utf8proc_uint8_t*)raw.data(), raw.size(), &form, options);
-            if (size < 0) fail("prompt: cannot be normalized: ", utf8proc_errmsg(size));
-            text.assign((char*)form, size);
+            text.assign((char*)form, size);  // cannot fail: the text is UTF-8, it has been split
             free(form);
         }
         vector<std::string_view> words = {text};
-        for (const Regex& split : splits) {
-            vector<std::string_view> parts;
-            auto add = [&](std::string_view part, bool) { parts.push_back(part); };
-            for (std::string_view word : words) split.split(word, add);
-            words.swap(parts);
-        }
+        for (const Regex& regex : splits)
+            for (std::string_view word : std::exchange(words, {}))
+                split(regex, word, [&](std::string_view part, bool) { words.push_back(part); });
         for (std::string_view word : words) merge(string(word), ids);
     }
 
-    // Joins the pair of lowest rank, the leftmost of equals, as long as there is one: a heap of the
-    // pairs and a linked list of the symbols, O(n log n) for a word of n bytes.
+    // Joins the pair of lowest rank, the leftmost of equals, as long as there is one. A heap holds
+    // the pairs; a joined symbol stays at its first place: O(n log n) for a word of n bytes.
     void merge(const string& word, vector<int>& ids) const {
         int whole = ignore_merges ? find(vocab, word) : -1;
         if (whole >= 0) return ids.push_back(whole);
@@ -484,14 +447,12 @@ private:
         for (char byte : word) symbols.push_back(find(vocab, string(1, byte)));
         std::erase(symbols, -1);  // a byte without an id is left out, as in Hugging Face
         const int end = int(symbols.size());
-        vector<int> next(end), previous(end);
-        std::iota(next.begin(), next.end(), 1);
-        std::iota(previous.begin(), previous.end(), -1);
+        vector<int> size(end, 1);  // in places, kept at a symbol's first and last one
 
         std::priority_queue<std::pair<int, int>, vector<std::pair<int, int>>, std::greater<>> heap;
-        auto rank_at = [&](int at) {  // of merging this symbol with the next
-            if (at < 0 || next[at] == end) return -1;
-            return find(ranks, pair(symbols[at], symbols[next[at]]));
+        auto rank_at = [&](int at) {  // of joining this symbol and the next
+            int right = at + size[at];
+            return right < end ? find(ranks, pair(symbols[at], symbols[right])) : -1;
         };
         auto push = [&](int at) {
             if (int rank = rank_at(at); rank >= 0) heap.emplace(rank, at);
@@ -501,24 +462,25 @@ private:
             auto [rank, at] = heap.top();
             heap.pop();
             if (rank_at(at) != rank) continue;  // out of date
+            int right = at + size[at], both = size[at] + size[right];
             symbols[at] = merged[rank];
-            symbols[next[at]] = -1;  // merges with nothing
-            next[at] = next[next[at]];
-            if (next[at] < end) previous[next[at]] = at;
-            push(previous[at]);
+            symbols[right] = -1;  // joins nothing
+            size[at] = size[at + both - 1] = both;
             push(at);
+            if (at > 0) push(at - size[at - 1]);
         }
-        for (int i = 0; i < end; i = next[i]) ids.push_back(symbols[i]);
+        for (int i = 0; i < end; i += size[i]) ids.push_back(symbols[i]);
     }
 };
 
 // Text that grows id by id. Nothing is given out that could still change: no half character, no
 // beginning of a stop string; a stop string itself never shows.
-class TextStream {
-public:
-    bool stopped = false;  // a stop string has come
+struct TextStream {
+    const Tokenizer* tokenizer;  // null gives no text at all
+    vector<string> stops;        // none of them empty
+    bool stopped = false;        // a stop string has come
+    string raw, held;  // bytes of an unfinished character; text that may become a stop string
 
-    // tokenizer: null gives no text at all. stops: none of them empty.
     TextStream(const Tokenizer* tokenizer, vector<string> stops)
         : tokenizer(tokenizer), stops(std::move(stops)) {}
 
@@ -528,21 +490,15 @@ public:
         if (!last && !tokenizer->is_special(id)) raw += tokenizer->bytes(id);
         utf8_take(raw, held, last);
         size_t sure = held.size();
-        for (const string& stop : stops)
-            if (held.find(stop) < sure) sure = held.find(stop), stopped = true;
-        for (const string& stop : stops)  // could the end become this stop string?
-            for (size_t n = 1; n < stop.size() && n <= held.size() && !stopped && !last; n++)
-                if (held.ends_with(stop.substr(0, n))) sure = std::min(sure, held.size() - n);
+        for (const string& stop : stops) sure = std::min(sure, held.find(stop));
+        stopped = sure < held.size();
+        for (size_t i = held.size(); i-- > 0 && !stopped && !last;)  // what may begin one
+            for (const string& stop : stops) if (stop.starts_with(held.substr(i))) sure = i;
         string out = held.substr(0, sure);
         held.erase(0, sure);
         return out;
     }
     string finish() { return push(-1, true); }
-
-private:
-    const Tokenizer* tokenizer;
-    vector<string> stops;
-    string raw, held;  // bytes of an unfinished character; text that may become a stop string
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -555,15 +511,17 @@ struct Message {
 
 // Without the white space at both ends, as Python's str.strip().
 inline string trim(const string& text) {
-    static const Regex content("(?s)[^\\s\\x1C-\\x1F](.*[^\\s\\x1C-\\x1F])?");
-    return content.find(text);
+    static const Regex content = compile("(?s)[^\\s\\x1C-\\x1F](.*[^\\s\\x1C-\\x1F])?");
+    return find_last(content, text);
 }
 
-class Chat {
-public:
+struct Chat {
     bool thinking = true;  // Qwen3: false asks for an answer without a thought
-    string date;           // Llama 3.1 and later put one into the system message: "26 Jul 2024"
-    string end_of_turn;    // what follows an answer
+    bool llama, drops_thoughts;
+    string bos, default_system;
+    string dates;                    // Llama 3.1 and later: the first lines of the system message
+    string no_thought, begins_with;  // how an answer begins
+    string end_of_turn;              // what follows it
 
     // The template is chat_template.jinja, or chat_template in tokenizer_config.json.
     static Chat load(const string& folder) {
@@ -592,12 +550,13 @@ public:
         if (has("bos_token")) bos = bos_token;
         if (llama && has("Cutting Knowledge Date")) {
             time_t now = time(nullptr);
-            date = Regex("(?<=date_string = \")[^\"]+").find(jinja);
+            string date = find_last(compile("(?<=date_string = \")[^\"]+"), jinja);
             if (has("strftime_now")) date = str(std::put_time(localtime(&now), "%d %b %Y"));
+            dates = "Cutting Knowledge Date: December 2023\nToday Date: " + date + "\n\n";
         }
         // ChatML's default system text stands in the template; its newline may be written as \n
-        Regex system_text("<\\|im_start\\|>system(\n|\\\\n)\\K[^'\"{}]+(?=<\\|im_end\\|>)");
-        if (!llama) default_system = system_text.find(jinja);
+        Regex system = compile("<\\|im_start\\|>system(\n|\\\\n)\\K[^'\"{}]+(?=<\\|im_end\\|>)");
+        if (!llama) default_system = find_last(system, jinja);
     }
 
     // The messages, and the beginning of an answer to the last, which must be the user's.
@@ -606,43 +565,37 @@ public:
             fail("chat: the last message must be the user's");
         bool system = messages[0].role == "system";
         string text = opening(system ? &messages[0].content : nullptr);
-        for (size_t i = system; i < messages.size(); i++) {
+        for (size_t i = system; i + 1 < messages.size(); i++) {
             const auto& [role, content] = messages[i];
             if (role != "assistant" && role != "user" && role != "system")
                 fail("chat: role ", role, " is not supported; system, user and assistant are");
-            text += turn(role, role == "assistant" ? without_thought(content) : content);
+            text += turn(role, content);
         }
-        return text + answer();
+        return text + user_turn(messages.back().content);
     }
 
     // The parts of a rendering, for a conversation that grows turn by turn. system may be null.
     string opening(const string* system) const {
-        string dated = "Cutting Knowledge Date: December 2023\nToday Date: " + date + "\n\n";
         string text = system ? *system : default_system;
-        if (!date.empty()) return bos + header("system") + dated + trim(text) + end_of_turn;
+        if (!dates.empty()) return bos + header("system") + dates + trim(text) + end_of_turn;
         return system || !text.empty() ? bos + turn("system", text) : bos;
     }
-    string user_turn(const string& text) const { return turn("user", text) + answer(); }
+    string user_turn(const string& text) const {
+        string answer = header("assistant") + begins_with + (thinking ? "" : no_thought);
+        return turn("user", text) + answer;
+    }
 
-private:
+    // The parts of a message.
     string header(const string& role) const {
         if (llama) return "<|start_header_id|>" + role + "<|end_header_id|>\n\n";
         return "<|im_start|>" + role + "\n";
     }
-    string turn(const string& role, const string& content) const {
+    string turn(const string& role, string content) const {
+        size_t end = content.rfind("</think>");  // Qwen3: earlier thoughts are left out
+        if (role == "assistant" && drops_thoughts && end != string::npos)
+            content.erase(0, content.find_first_not_of('\n', end + 8));
         return header(role) + (llama ? trim(content) : content) + end_of_turn;
     }
-    string answer() const {
-        return header("assistant") + begins_with + (thinking ? "" : no_thought);
-    }
-    string without_thought(const string& content) const {  // Qwen3, in earlier answers
-        size_t end = drops_thoughts ? content.rfind("</think>") : string::npos;
-        if (end == string::npos) return content;
-        return content.substr(std::min(content.find_first_not_of('\n', end + 8), content.size()));
-    }
-
-    bool llama, drops_thoughts;
-    string bos, default_system, no_thought, begins_with;  // the last two: how an answer begins
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -658,19 +611,7 @@ inline bf16 float_to_bf16(float f) {  // to the nearest, ties to even
     return std::isnan(f) ? 0x7FC0 : bf16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-inline float f16_to_float(uint16_t h) {
-    int exponent = h >> 10 & 31, fraction = h & 1023;
-    float f = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(fraction, -24);
-    if (exponent == 31) f = fraction ? NAN : INFINITY;
-    return h & 0x8000 ? -f : f;
-}
-
-template <class T>
-T unaligned(const void* data) {
-    T value;
-    memcpy(&value, data, sizeof value);
-    return value;
-}
+inline float f16_to_float(uint16_t h) { return _cvtsh_ss(h); }
 
 // [rows, cols], bf16, row-major.
 struct Matrix {
@@ -688,17 +629,13 @@ public:
     // asked for is random.
     Weights(const string& folder, bool dummy) : folder(folder), dummy(dummy) {
         if (dummy) return;
-        string single = "model.safetensors", index = folder + "/" + single + ".index.json";
-        std::set<string> files;
-        if (!std::filesystem::exists(folder + "/" + single)) with_json(index, [&](const json& j) {
-            for (const json& name : j.at("weight_map")) files.insert(name.get<string>());
-        }, true);
-        if (files.empty()) files.insert(single);
-        for (const string& file : files) map_file(file);
-    }
-    Weights(const Weights&) = delete;
-    ~Weights() {
-        for (auto& map : maps) munmap(map.data(), map.size());
+        std::set<string> files = {"model.safetensors"};
+        if (!std::filesystem::exists(folder + "/model.safetensors"))
+            with_json(folder + "/model.safetensors.index.json", [&](const json& j) {
+                files.clear();
+                for (const json& name : j.at("weight_map")) files.insert(name.get<string>());
+            }, true);
+        for (const string& file : files) in_file(folder + "/" + file, [&] { map_file(file); });
     }
 
     // The tensor of this name and shape: in the mapping if the file holds bf16, else rounded into
@@ -708,111 +645,99 @@ public:
     }
 
     vector<float> get(const string& name, int n) {
-        const bf16* data = find(name, {n}, n);
         vector<float> out(n);
-        std::transform(data, data + n, out.begin(), bf16_to_float);
+        std::ranges::transform(std::span(find(name, {n}, n), n), out.begin(), bf16_to_float);
         return out;
     }
 
 private:
-    struct Tensor {
-        string dtype;
-        json shape;
-        const char* data;
-    };
-
     const bf16* find(const string& name, const json& shape, uint64_t count) {
         bytes += count * sizeof(bf16);
-        if (dummy) return random(name.ends_with("norm.weight"), count);
-        if (!tensors.count(name)) fail(folder, ": no tensor ", name, "; is a file missing?");
-        const Tensor& t = tensors.at(name);
-        if (t.shape != shape)
-            fail(folder, ": ", name, " is ", t.shape, ", but config.json asks for ", shape);
-        if (t.dtype == "BF16" && uintptr_t(t.data) % alignof(bf16) == 0) return (const bf16*)t.data;
-        if (t.dtype != "BF16") rounded = t.dtype;
-        return own(count, [&](uint64_t i) {
-            if (t.dtype == "F32") return unaligned<float>(t.data + 4 * i);
-            auto half = unaligned<uint16_t>(t.data + 2 * i);
-            return t.dtype == "F16" ? f16_to_float(half) : bf16_to_float(half);
-        });
-    }
-
-    // Ones for norms, else uniform with deviation 0.02; the same in every run.
-    const bf16* random(bool ones, uint64_t count) {
-        uint64_t seed = owned.size() << 40;
-        return own(count, [=](uint64_t i) {
+        uint64_t seed = memory.size() << 40;
+        // ones for norms, else uniform with deviation 0.02; the same in every run
+        if (dummy) return own(count, [=, ones = name.ends_with("norm.weight")](uint64_t i) {
             uint64_t z = (seed + i) * 0x9E3779B97F4A7C15;  // splitmix64 (Steele et al. 2014)
             z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
             return ones ? 1 : 0.0346f * float(int32_t(z >> 32)) / 0x1p31f;
+        });
+        if (!tensors.count(name)) fail(folder, ": no tensor ", name, "; is a file missing?");
+        const auto& [info, data] = tensors.at(name);
+        if (info["shape"] != shape)
+            fail(folder, ": ", name, " is ", info["shape"], ", but config.json asks for ", shape);
+        string dtype = info["dtype"];
+        if (dtype == "BF16" && uintptr_t(data) % alignof(bf16) == 0) return (const bf16*)data;
+        if (dtype != "BF16") rounded = dtype;
+        bool wide = dtype == "F32", half = dtype == "F16";
+        return own(count, [=, data = data](uint64_t i) {
+            uint32_t bits = 0;
+            memcpy(&bits, data + i * (wide ? 4 : 2), wide ? 4 : 2);  // from any address
+            if (wide) return std::bit_cast<float>(bits);
+            return half ? f16_to_float(bits) : bf16_to_float(bits);
         });
     }
 
     // Memory of our own that holds value(i), rounded.
     const bf16* own(uint64_t count, auto value) {
-        bf16* out = owned.emplace_back(new bf16[count]).get();
+        bf16* out = new bf16[count];
+        memory.emplace_back(out, std::default_delete<bf16[]>());
         #pragma omp parallel for
         for (uint64_t i = 0; i < count; i++) out[i] = float_to_bf16(value(i));
         return out;
     }
 
+    // Errors are told with the file's path by in_file.
     void map_file(const string& file) {
         string path = folder + "/" + file;
-        bool inside = file.find('/') == string::npos;  // of the folder
-        if (!inside || !std::filesystem::is_regular_file(path))
-            fail(path, ": missing; download the whole model, or use --load-format dummy");
+        if (file.find('/') != string::npos || !std::filesystem::is_regular_file(path))
+            fail("missing; download the whole model, or use --load-format dummy");
         int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        uint64_t size = std::filesystem::file_size(path);
-        void* data = size < 8 ? MAP_FAILED : mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
+        uint64_t size = std::filesystem::file_size(path), length;
+        void* map = size < 8 ? MAP_FAILED : mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
         close(fd);
-        if (data == MAP_FAILED) fail(path, ": cannot be mapped; cut short? download it again");
-        std::span<char> map = maps.emplace_back((char*)data, size);
-        madvise(data, size, MADV_WILLNEED);
-        auto length = unaligned<uint64_t>(data);
-        if (length > std::min(kMaxHeaderBytes, size - 8))
-            fail(path, ": a header of ", length, " bytes is too long; download it again");
-        try {
-            read_header(path, map.subspan(8, length), map.subspan(8 + length));
-        } catch (const json::exception& e) {
-            fail(path, ": broken header: ", e.what(), "; download it again");
-        }
+        if (map == MAP_FAILED) fail("cannot be mapped; cut short? download it again");
+        memory.emplace_back(map, [size](void* begin) { munmap(begin, size); });
+        madvise(map, size, MADV_WILLNEED);
+        memcpy(&length, map, 8);
+        if (length > std::min<uint64_t>(size - 8, 100'000'000))  // the reference loader's limit
+            fail("a header of ", length, " bytes is too long; download it again");
+        const char* text = (const char*)map + 8;
+        read_header({text, length}, {text + length, size - 8 - length});
     }
 
     // The tensors must fill data without overlap, hole or rest.
-    void read_header(const string& path, std::span<char> text, std::span<char> data) {
+    void read_header(std::string_view text, std::string_view data) {
         size_t names = 0;  // the parser keeps the last of two equal names
-        json header = parse_json({text.data(), text.size()}, &names);
-        if (names != header.size()) fail(path, ": two tensors of the same name; download it again");
+        json header = parse_json(text, &names);
+        if (names != header.size()) fail("two tensors of the same name; download it again");
         header.erase("__metadata__");
         auto number = [](const json& n) { return n.is_number_unsigned() ? n.get<uint64_t>() : -1; };
         std::set<std::tuple<uint64_t, uint64_t, string>> ranges;
         for (const auto& [name, t] : header.items()) {
             string dtype = t.at("dtype");
             uint64_t need = dtype == "F32" ? 4 : dtype == "F16" || dtype == "BF16" ? 2 : 0;
-            if (!need) fail(path, ": ", name, " is ", dtype, "; supported are BF16, F16, F32");
+            if (!need) fail(name, " is ", dtype, "; supported are BF16, F16, F32");
             for (const json& n : t.at("shape"))
                 if (__builtin_mul_overflow(need, number(n), &need)) need = UINT64_MAX - 1;
             const json& offsets = t.at("data_offsets");
             uint64_t begin = number(offsets.at(0)), end = number(offsets.at(1));
             if (begin > end || end > data.size() || end - begin != need)
-                fail(path, ": ", name, " does not fit its offsets or the file; download it again");
+                fail(name, " does not fit its offsets or the file; download it again");
             ranges.insert({begin, end, name});
-            if (!tensors.emplace(name, Tensor{dtype, t["shape"], data.data() + begin}).second)
-                fail(path, ": tensor ", name, " is in two files");
+            if (!tensors.try_emplace(name, t, data.data() + begin).second)
+                fail(name, " is in two files");
         }
+        ranges.insert({data.size(), data.size(), "the end"});
         uint64_t filled = 0;
         for (const auto& [begin, end, name] : ranges) {
-            if (begin != filled)
-                fail(path, ": overlap or hole before ", name, "; download it again");
+            if (begin != filled) fail("overlap or unused bytes before ", name, "; download again");
             filled = end;
         }
-        if (filled != data.size()) fail(path, ": bytes behind the last tensor; download it again");
     }
 
     string folder;
     bool dummy;
-    std::map<string, Tensor> tensors;
-    vector<std::span<char>> maps;
-    vector<std::unique_ptr<bf16[]>> owned;
+    std::map<string, std::pair<json, const char*>> tensors;  // the header's entry; the data
+    vector<std::shared_ptr<void>> memory;                    // of the files, and our own
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -840,7 +765,7 @@ struct Model {
         lm_head = c.tied ? embed : weights.get("lm_head.weight", c.vocab, c.hidden);
         final_norm = weights.get("model.norm.weight", c.hidden);
         for (int i = 0; i < c.layers; i++) {
-            Layer l;
+            Layer& l = layers.emplace_back();
             string at = str("model.layers.", i, "."), attn = at + "self_attn.", mlp = at + "mlp.";
             l.attn_norm = weights.get(at + "input_layernorm.weight", c.hidden);
             l.mlp_norm = weights.get(at + "post_attention_layernorm.weight", c.hidden);
@@ -858,7 +783,6 @@ struct Model {
             }
             if (c.type == "qwen3") l.q_norm = weights.get(attn + "q_norm.weight", c.head_dim);
             if (c.type == "qwen3") l.k_norm = weights.get(attn + "k_norm.weight", c.head_dim);
-            layers.push_back(std::move(l));
         }
     }
 };
