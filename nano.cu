@@ -729,32 +729,22 @@ private:
 
 using ordered = nlohmann::ordered_json;
 
-struct Flags {
-    string model, file, ids, system, device = "auto", load_format = "auto";
-    std::optional<string> prompt;
+// What the command line says: a request and the engine's options, but for what the model decides.
+struct Flags : Request, EngineOptions {
+    string model, file, ids, system, device = "auto", load = "auto";
+    std::optional<string> text;  // of --prompt; a request's prompt is ids
     bool no_think = false, jsonl = false, decode = false, chat = false, json = false;
     bool verbose = false, no_special = false, no_graph = false;
     std::optional<float> temperature, top_p, min_p, repetition_penalty;  // else the model's own
     std::optional<int> top_k;
-    uint64_t seed = std::random_device()();
-    Request request;
-    EngineOptions engine;
     int threads = omp_get_num_procs();
     vector<string> stop;
     vector<int> pp = {512}, tg = {128}, rows = {1, 8};
 };
 
-volatile std::sig_atomic_t interrupted = 0;
+volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C
 
-void on_interrupt(int) {
-    if (interrupted) _exit(130);  // the second time, at once
-    interrupted = 1;
-}
-
-double now() {
-    auto since = std::chrono::steady_clock::now().time_since_epoch();
-    return std::chrono::duration<double>(since).count();
-}
+double now() { return omp_get_wtime(); }
 
 // Text on stdout, at once; what cannot be written is an error.
 void put(const string& text) {
@@ -763,7 +753,7 @@ void put(const string& text) {
 }
 
 // One object on stdout: JSON, or a line for each value (lists are for JSON only).
-void put_object(const ordered& j, bool as_json = true) {
+void put_object(const ordered& j, bool as_json) {
     if (as_json) return put(j.dump() + "\n");
     for (auto& [key, value] : j.items())
         if (!value.is_array()) put(str(std::left, std::setw(20), key, value.dump(), "\n"));
@@ -772,57 +762,41 @@ void put_object(const ordered& j, bool as_json = true) {
 // What a command starts with: the model, its tokenizer if it has one, the engine.
 struct Session {
     const Flags& f;
-    Model model;
+    Model model{f.model, f.load == "dummy"};
     std::unique_ptr<Tokenizer> tokenizer;
-    Engine engine;
+    Engine engine{model, f};
 
-    explicit Session(const Flags& f)
-        : f(f), model(f.model, f.load_format == "dummy"), engine(model, f.engine) {
+    explicit Session(const Flags& f, bool needs_text = false) : f(f) {
         if (std::filesystem::exists(f.model + "/tokenizer.json"))
             tokenizer = std::make_unique<Tokenizer>(f.model);
+        else if (needs_text)
+            fail(f.model, "/tokenizer.json: missing; give --ids instead of text");
         if (tokenizer && tokenizer->eos >= 0) model.config.eos.insert(tokenizer->eos);
         const string& rounded = model.weights.rounded;
         if (!rounded.empty()) std::cerr << "weights: " << rounded << ", rounded to bf16\n";
-        if (f.verbose) std::cerr << "device cpu, threads " << f.threads << ", KV memory for "
-            << engine.cache.blocks() * kBlockSize << " tokens, context " << engine.context
-            << ", rows " << f.engine.max_rows << ", chunk " << f.engine.chunk
-            << ", seed " << f.seed << "\n";
-    }
-
-    const Tokenizer& text() const {
-        if (!tokenizer) fail(f.model, "/tokenizer.json: missing; give --ids instead of text");
-        return *tokenizer;
+        if (f.verbose) std::cerr << str("device cpu, threads ", f.threads, ", KV memory for ",
+            engine.cache.blocks() * kBlockSize, " tokens, context ", engine.context, ", rows ",
+            f.max_rows, ", chunk ", f.chunk, ", seed ", f.sampling.seed, "\n");
     }
 
     // The request of the flags; what they leave open is the model's.
     Request request(vector<int> prompt) const {
-        Request r = f.request;
+        Request r = f;
+        const Config& c = model.config;
         r.prompt = std::move(prompt);
-        Sampling& s = r.sampling;
-        s.seed = f.seed;
-        s.temperature = f.temperature.value_or(model.config.temperature);
-        s.top_k = f.top_k.value_or(int(model.config.top_k));
-        s.top_p = f.top_p.value_or(model.config.top_p);
-        s.min_p = f.min_p.value_or(model.config.min_p);
-        s.repetition_penalty = f.repetition_penalty.value_or(model.config.repetition_penalty);
+        r.sampling.temperature = f.temperature.value_or(c.temperature);
+        r.sampling.top_k = f.top_k.value_or(int(c.top_k));
+        r.sampling.top_p = f.top_p.value_or(c.top_p);
+        r.sampling.min_p = f.min_p.value_or(c.min_p);
+        r.sampling.repetition_penalty = f.repetition_penalty.value_or(c.repetition_penalty);
         return r;
     }
 };
 
 string input_text(const Flags& f) {
-    if (f.prompt) return *f.prompt;
+    if (f.text) return *f.text;
     if (!f.file.empty()) return read_file(f.file);
     return {std::istreambuf_iterator<char>(std::cin), {}};
-}
-
-// Converts what the user wrote as JSON; what: where it stands.
-template <class Convert>
-auto with_input(const string& text, const char* what, Convert convert) {
-    try {
-        return convert(parse_json(text));
-    } catch (const json::exception& e) {
-        fail(what, ": ", strchr(e.what(), ']') + 2);
-    }
 }
 
 vector<int> ids_of(const json& j) {
@@ -832,109 +806,98 @@ vector<int> ids_of(const json& j) {
 }
 
 vector<int> input_ids(const Session& s) {
-    if (s.f.ids.empty()) return s.text().encode(input_text(s.f), !s.f.no_special);
-    return with_input("[" + s.f.ids + "]", "--ids", ids_of);
+    if (s.f.ids.empty()) return s.tokenizer->encode(input_text(s.f), !s.f.no_special);
+    return ids_of(parse_json("[" + s.f.ids + "]"));
 }
 
 struct Reply {
     TextStream stream;
     string text = {};
     vector<int> ids = {};
-    ordered finish = nullptr, logprobs = ordered::array();
-    vector<double> prompt_logprobs = {};
-    int cached = 0;
+    ordered logprobs = ordered::array();
+    Output last = {};  // tells why it ended, and more of the whole sequence
 };
 
 ordered logprob_json(const Session& s, const TokenLogprob& t) {
-    ordered token = nullptr;
-    if (s.tokenizer) token = s.tokenizer->decode({&t.id, 1});
+    ordered token = s.tokenizer ? ordered(s.tokenizer->decode({&t.id, 1})) : ordered();
     return {{"id", t.id}, {"token", token}, {"logprob", t.logprob}};
 }
 
-// Runs one request to its end or to Ctrl-C; show(text) gets the first sample's text as soon as it
-// is certain. Prints the closing line.
-template <class Show>
-vector<Reply> run(Session& s, const Request& r, Show show) {
+// Runs one request to its end or to Ctrl-C, and prints the closing line. show: the text of the one
+// sample goes to stdout as soon as it is certain.
+vector<Reply> run(Session& s, const Request& r, bool show) {
     vector<Reply> replies(r.samples, Reply{TextStream(s.tokenizer.get(), s.f.stop)});
-    double start = now(), first = 0;
+    double start = now(), first = start;
     int number = s.engine.add(r), tokens = 0;
     auto emit = [&](Reply& reply, const string& text) {
         reply.text += text;
-        if (&reply == &replies[0] && !text.empty()) show(text);
+        if (show) put(text);
     };
     while (s.engine.busy() && !interrupted)
         for (Output& o : s.engine.step()) {
             Reply& reply = replies[o.sample];
             if (tokens++ == 0) first = now();
             reply.ids.push_back(o.id);
-            reply.cached = o.cached;
             emit(reply, reply.stream.push(o.id));
-            if (reply.stream.stopped) s.engine.stop(number, o.sample);
-            if (reply.stream.stopped) reply.finish = "stop";
-            else if (o.finish) reply.finish = o.finish;
-            reply.prompt_logprobs = std::move(o.prompt_logprobs);
-            if (o.logprobs.empty()) continue;
-            reply.logprobs.push_back(logprob_json(s, o.logprobs[0]));
+            if (reply.stream.stopped) s.engine.stop(number, o.sample), o.finish = "stop";
+            reply.last = std::move(o);
+            const auto& logprobs = reply.last.logprobs;
+            if (logprobs.empty()) continue;
+            reply.logprobs.push_back(logprob_json(s, logprobs[0]));
             ordered& top = reply.logprobs.back()["top"] = ordered::array();
-            for (auto& t : std::span(o.logprobs).subspan(1)) top.push_back(logprob_json(s, t));
+            for (auto& t : std::span(logprobs).subspan(1)) top.push_back(logprob_json(s, t));
         }
     s.engine.stop(number, -1);  // after Ctrl-C
     double rate = std::max(0, tokens - r.samples) / (now() - first);
     for (Reply& reply : replies) emit(reply, reply.stream.finish());
+    if (show) put("\n");
     fprintf(stderr, "\n%zu prompt tokens (%d from cache), %d new tokens, %.1f tokens/s, "
             "first token after %.3f s\n",
-            r.prompt.size(), replies[0].cached, tokens, rate, tokens ? first - start : 0);
+            r.prompt.size(), replies[0].last.cached, tokens, rate, first - start);
     return replies;
 }
 
-int generate(const Flags& f) {
-    Session s(f);
+void generate(const Flags& f) {
+    Session s(f, f.ids.empty());
     Request r = s.request(input_ids(s));
-    bool stream = !f.json && r.samples == 1;
-    auto replies = run(s, r, [&](const string& text) { if (stream) put(text); });
-    for (int i = 0; i < r.samples; i++) {
-        Reply& a = replies[i];
-        ordered j = {{"index", i}, {"text", nullptr}, {"ids", a.ids}, {"finish_reason", a.finish},
-            {"seed", f.seed}, {"usage", {{"prompt_tokens", r.prompt.size()},
-            {"cached_tokens", a.cached}, {"completion_tokens", a.ids.size()}}}};
-        if (s.tokenizer) j["text"] = a.text;
+    bool show = !f.json && r.samples == 1;
+    vector<Reply> replies = run(s, r, show);
+    for (int i = 0; i < r.samples && !show; i++) {
+        const Reply& a = replies[i];
+        const char* finish = a.last.finish;
+        ordered j = {{"index", i}, {"text", s.tokenizer ? ordered(a.text) : ordered()},
+            {"ids", a.ids}, {"finish_reason", finish ? ordered(finish) : ordered()},
+            {"seed", r.sampling.seed}, {"usage", {{"prompt_tokens", r.prompt.size()},
+            {"cached_tokens", a.last.cached}, {"completion_tokens", a.ids.size()}}}};
         if (r.logprobs >= 0) j["logprobs"] = a.logprobs;
-        if (f.json) put_object(j);
-        else put(stream ? "\n" : str("--- sample ", i, "\n", a.text, "\n"));
+        put(f.json ? j.dump() + "\n" : str("--- sample ", i, "\n", a.text, "\n"));
     }
-    return interrupted ? 130 : 0;
 }
 
 // The user's next message, where a line that ends in \ goes on; false at the end of input.
 bool read_message(string& text) {
-    bool more = true;
     text.clear();
-    for (string line; more; text += line + (more ? "\n" : "")) {
+    for (string line;;) {
         if (isatty(0)) std::cerr << (text.empty() ? "> " : "| ");
         if (!std::getline(std::cin, line)) return !text.empty();
-        more = line.ends_with("\\");
-        if (more) line.pop_back();
+        text += line;
+        if (!line.ends_with("\\")) return true;
+        text.back() = '\n';
     }
-    return true;
 }
 
-int chat(const Flags& f) {
+void chat(const Flags& f) {
     Chat format = Chat::load(f.model);
-    Session s(f);
+    Session s(f, true);
+    const Tokenizer& text = *s.tokenizer;
     format.thinking = !f.no_think;
-    s.text().encode(f.system);  // here and below: an error tells its offset in the user's own text
-    vector<int> opening = s.text().encode(format.opening(f.system.empty() ? nullptr : &f.system));
+    text.encode(f.system);  // here and below: an error tells its offset in the user's own text
+    vector<int> opening = text.encode(format.opening(f.system.empty() ? nullptr : &f.system));
     std::deque<vector<int>> turns;  // ids of a question, its answer and the end of turn
-    string message = f.prompt.value_or("");
-    if (f.prompt && message.empty()) fail("--prompt: no text; give a question");
-    while (f.prompt || read_message(message)) {
-        bool reset = !f.prompt && message == "/reset";
-        if (!f.prompt && message == "/quit") break;
-        if (reset) turns.clear();
-        if (reset || message.empty()) continue;
-        s.text().encode(message);
-        turns.push_back(s.text().encode(format.user_turn(message)));
-        int room = std::min(s.engine.context / 4, f.request.max_tokens);
+    auto answer = [&](const string& message) {
+        text.encode(message);
+        turns.push_back(text.encode(format.user_turn(message)));
+        int room = std::min(s.engine.context / 4, f.max_tokens);
         vector<int> prompt;
         for (;; turns.pop_front()) {
             prompt = opening;
@@ -942,38 +905,40 @@ int chat(const Flags& f) {
             if (turns.size() == 1 || int(prompt.size()) + room <= s.engine.context) break;
             std::cerr << "(the context is full: the oldest turn is forgotten)\n";
         }
-        Reply reply = run(s, s.request(prompt), put)[0];
-        put("\n");
-        if (f.prompt || (interrupted && !isatty(0))) break;
-        interrupted = 0;
+        vector<int> ids = run(s, s.request(prompt), true)[0].ids;
         // what the template adds behind an answer, less what the model has said of it itself
-        string rest = format.end_of_turn, last;
-        if (!reply.ids.empty()) last = s.text().bytes(reply.ids.back());
-        if (!last.empty() && rest.starts_with(last)) rest.erase(0, last.size());
-        for (const auto& ids : {reply.ids, s.text().encode(rest)})
-            turns.back().insert(turns.back().end(), ids.begin(), ids.end());
+        string rest = format.end_of_turn, last = ids.empty() ? "" : text.bytes(ids.back());
+        if (rest.starts_with(last)) rest.erase(0, last.size());
+        for (const auto& more : {ids, text.encode(rest)})
+            turns.back().insert(turns.back().end(), more.begin(), more.end());
+    };
+    if (f.text && f.text->empty()) fail("--prompt: no text; give a question");
+    if (f.text) return answer(*f.text);
+    for (string message; read_message(message) && message != "/quit";) {
+        if (message == "/reset") turns.clear();
+        else if (!message.empty()) answer(message);
+        if (interrupted && !isatty(0)) break;
+        interrupted = 0;
     }
-    return interrupted ? 130 : 0;
 }
 
-int score(const Flags& f) {
-    Session s(f);
+void score(const Flags& f) {
+    Session s(f, f.ids.empty());
     Request r = s.request(input_ids(s));
     r.score_prompt = true;
     r.max_tokens = 1;
-    vector<double> each = run(s, r, [](const string&) {})[0].prompt_logprobs;
-    if (interrupted) return 130;
+    vector<double> each = run(s, r, false)[0].last.prompt_logprobs;
+    if (interrupted) return;
     double sum = std::accumulate(each.begin(), each.end(), 0.0), mean = sum / double(each.size());
     ordered j = {{"tokens", r.prompt.size()}, {"logprob", sum}, {"mean_logprob", mean},
                  {"perplexity", std::exp(-mean)}, {"token_logprobs", {nullptr}}};  // NaN is null
     for (double logprob : each) j["token_logprobs"].push_back(logprob);
     put_object(j, f.json);
-    return 0;
 }
 
-int tokenize(const Flags& f) {
+void tokenize(const Flags& f) {
     Tokenizer tokenizer(f.model);
-    auto convert = [&](const json& j) -> ordered {
+    auto convert = [&](const json& j) -> json {
         if (f.decode) return tokenizer.decode(ids_of(j));
         if (!f.chat) return tokenizer.encode(j.get<string>(), !f.no_special);
         Chat format = Chat::load(f.model);
@@ -985,23 +950,19 @@ int tokenize(const Flags& f) {
     string text = input_text(f), out;
     std::istringstream lines(text);
     for (string line; f.jsonl && std::getline(lines, line);)
-        out += with_input(line, "--jsonl", convert).dump() + "\n";
-    if (!f.jsonl) {
-        ordered j = f.decode || f.chat ? with_input(text, "input", convert) : convert(text);
-        out = f.decode ? j.get<string>() : j.dump() + "\n";
-    }
-    put(out);
-    return 0;
+        out += convert(parse_json(line)).dump() + "\n";
+    if (f.jsonl) return put(out);
+    json j = convert(f.decode || f.chat ? parse_json(text) : json(text));
+    put(f.decode ? j.get<string>() : j.dump() + "\n");
 }
 
-// The best of five: what work(thread, threads) does a second, all threads together.
-template <class Work>
-double best_rate(Work work) {
+// The best of five: what work() does a second, on all threads together.
+double best_rate(auto work) {
     double best = 0;
     for (int repeat = 0; repeat < 5; repeat++) {
         double done = 0, start = now();
         #pragma omp parallel reduction(+ : done)
-        done += work(omp_get_thread_num(), omp_get_num_threads());
+        done += work();
         best = std::max(best, done / (now() - start));
     }
     return best;
@@ -1011,28 +972,25 @@ volatile float sink;  // takes results that nobody needs but that must be comput
 
 // Bytes a second read from memory, in a buffer of 256 MiB, more than any cache.
 double read_bandwidth() {
-    vector<float> data(64 << 20, 1.0f);
-    return best_rate([&](int thread, int threads) {
-        size_t size = data.size() / threads / 32 * 32;
-        cpu::f32x8 sum[4] = {};
-        for (float *at = &data[size * thread], *end = at + size; at < end; at += 32)
-            for (int j = 0; j < 4; j++) sum[j] += *(cpu::f32x8*)(at + 8 * j);
-        sink = (sum[0] + sum[1] + sum[2] + sum[3])[0];
-        return double(size) * sizeof(float);
+    vector<unsigned> data(64 << 20, 1);
+    return best_rate([&] {
+        size_t size = data.size() / omp_get_num_threads();
+        const unsigned* begin = &data[size * omp_get_thread_num()];
+        sink = float(std::accumulate(begin, begin + size, 0u));
+        return double(size) * sizeof(unsigned);
     });
 }
 
 // Floating point operations a second of multiply-adds in registers, on vectors as the ops use them.
 double fma_peak() {
-    return best_rate([](int, int) {
-        const int rounds = 4'000'000;
+    return best_rate([] {
         cpu::f32x8 sum[12], factor = cpu::f32x8{} + sink;
         for (int j = 0; j < 12; j++) sum[j] = factor * float(j);
-        for (int i = 0; i < rounds; i++)
+        for (int i = 0; i < 4'000'000; i++)
             for (int j = 0; j < 12; j++) sum[j] = sum[j] * factor + factor;
         for (int j = 1; j < 12; j++) sum[0] += sum[j];
         sink = sum[0][0];
-        return rounds * 12.0 * 8 * 2;
+        return 4e6 * 12 * 8 * 2;
     });
 }
 
@@ -1047,51 +1005,45 @@ double bench_once(Session& s, int rows, int prompt, int tokens) {
         r.ignore_eos = true;
         s.engine.add(r);
     }
-    double start = now(), counted = tokens ? 0 : prompt;
-    bool all_started = false;
-    while (s.engine.busy() && !interrupted) {
-        int done = int(s.engine.step().size());
-        if (all_started) counted += done;
-        else if (tokens && done == rows) all_started = true, start = now();
-    }
+    double start = now(), counted = prompt;
+    while (s.engine.busy() && !interrupted && int(s.engine.step().size()) < rows) {}
+    if (tokens) start = now(), counted = 0;
+    while (s.engine.busy() && !interrupted) counted += double(s.engine.step().size());
     return counted / (now() - start);
 }
 
-int bench(const Flags& f) {
+void bench(const Flags& f) {
     Session s(f);
     const Config& c = s.model.config;
     int longest = std::max(std::ranges::max(f.pp) + 1, std::ranges::max(f.tg) + 17);
     if (longest > s.engine.context)
         fail("bench: ", longest, " tokens do not fit into the context of ", s.engine.context);
     double bandwidth = read_bandwidth(), peak = fma_peak(), bytes = double(s.model.weights.bytes);
-    ordered machine = {{"threads", f.threads}, {"weight_MB", bytes / 1e6},
-                       {"read_GB_per_s", bandwidth / 1e9}, {"fma_GFLOP_per_s", peak / 1e9}};
-    put_object(machine, f.json);
+    put_object({{"threads", f.threads}, {"weight_MB", bytes / 1e6},
+                {"read_GB_per_s", bandwidth / 1e9}, {"fma_GFLOP_per_s", peak / 1e9}}, f.json);
     auto row = [&](const string& test, int rows, int prompt, int tokens) {
-        bench_once(s, rows, prompt, tokens);  // warms up
-        std::array<double, 3> rate;
+        double rate[4];
         for (double& r : rate) r = bench_once(s, rows, prompt, tokens);
-        std::ranges::sort(rate);
+        std::sort(rate + 1, rate + 4);  // the first was to warm up
         // decoding is limited by reading all weights and the cache once a step, a prompt by
         // multiplying with all but lm_head; of an embedding of its own, either uses a row a token
         double embedding = 2.0 * c.vocab * c.hidden, flops = bytes - embedding * (c.tied ? 1 : 2);
         double read = bytes - (c.tied ? 0 : embedding);
         read += (prompt + tokens / 2.0) * rows * double(KvMemory::token_bytes(c));
-        double of_limit = rate[1] / (tokens ? bandwidth / read * rows : peak / flops);
+        double of_limit = rate[2] / (tokens ? bandwidth / read * rows : peak / flops);
         const char* limit = tokens ? "read bandwidth" : "FMA peak";
         if (interrupted) return;
-        if (f.json) put_object({{"test", test}, {"rows", rows}, {"tokens_per_s", rate[1]},
-            {"least", rate[0]}, {"most", rate[2]}, {"of_limit", of_limit}, {"limit", limit}});
-        else put(str(std::left, std::setw(14), test, std::fixed, std::setprecision(1), rate[1],
-            " tokens/s (", rate[0], " to ", rate[2], "), ", of_limit * 100, "% of ", limit, "\n"));
+        if (f.json) put_object({{"test", test}, {"rows", rows}, {"tokens_per_s", rate[2]},
+            {"least", rate[1]}, {"most", rate[3]}, {"of_limit", of_limit}, {"limit", limit}}, true);
+        else put(str(std::left, std::setw(14), test, std::fixed, std::setprecision(1), rate[2],
+            " tokens/s (", rate[1], " to ", rate[3], "), ", of_limit * 100, "% of ", limit, "\n"));
     };
     for (int pp : f.pp) row(str("pp", pp), 1, pp, 0);
     for (int tg : f.tg)
         for (int rows : f.rows) row(str("tg", tg, " x ", rows), rows, 16, tg);
-    return interrupted ? 130 : 0;
 }
 
-int info(const Flags& f) {
+void info(const Flags& f) {
     Session s(f);
     const Config& c = s.model.config;
     put_object({{"type", c.type}, {"layers", c.layers}, {"hidden", c.hidden}, {"heads", c.heads},
@@ -1100,7 +1052,6 @@ int info(const Flags& f) {
         {"weight_bytes", s.model.weights.bytes}, {"kv_bytes_per_token", KvMemory::token_bytes(c)},
         {"device", "cpu"}, {"threads", f.threads},
         {"kv_tokens_that_fit", int64_t(s.engine.cache.blocks()) * kBlockSize}}, f.json);
-    return 0;
 }
 
 // =============================================================================================
@@ -1111,121 +1062,102 @@ int info(const Flags& f) {
 // so that other work on the machine can go on. libgomp reads this before main.
 __attribute__((constructor(101))) void wait_briefly() { setenv("GOMP_SPINCOUNT", "1000", 0); }
 
-using Command = int(const Flags&);
-
-// The flags of all commands; the one that is called goes to command.
-void add_flags(CLI::App& app, Flags& f, Command*& command) {
-    auto add = [&](const char* name, Command* run, const char* what) {
-        CLI::App* c = app.add_subcommand(name, what);
-        c->callback([&command, run] { command = run; });
-        c->add_option("MODEL", f.model, "a model's folder, as Hugging Face has it")->required();
-        c->add_flag("--json", f.json, "JSON on stdout, one object a line");
-        return c;
-    };
-    auto input = [&](CLI::App* c) {
-        c->add_option("-p,--prompt", f.prompt, "the text");
-        c->add_option("-f,--file", f.file, "a file with the text; without -p and -f: stdin");
-        c->add_flag("--no-special", f.no_special, "add no bos, or what else the tokenizer adds");
-    };
-    auto engine = [&](CLI::App* c) {
-        EngineOptions& e = f.engine;
-        c->add_option("--device", f.device, "auto, cpu or cuda");
-        c->add_option("--threads", f.threads, "of the CPU; else one a core")
-            ->check(CLI::Range(1, 1024));
-        c->add_option("--kv-memory", e.kv_memory, "size of the KV cache, as 512M")
-            ->transform(CLI::AsSizeValue(false));
-        c->add_option("--max-context", e.max_context, "fewer tokens than the model allows");
-        c->add_option("--max-rows", e.max_rows, "sequences running at a time; else 64");
-        c->add_option("--chunk", e.chunk, "tokens computed in a step; else 512");
-        c->add_flag("!--no-prefix-cache", e.prefix_cache, "compute all prompts from the start");
-        c->add_flag("--no-graph", f.no_graph, "no captured graphs (GPU only)");
-        c->add_option("--load-format", f.load_format, "auto; dummy: random weights");
-        c->add_flag("--verbose", f.verbose, "say what was chosen");
-    };
-    auto sampling = [&](CLI::App* c) {
-        Request& r = f.request;
-        c->add_option("-n,--max-tokens", r.max_tokens, "else to the end of text or context");
-        c->add_option("-t,--temperature", f.temperature, "0: always the likeliest");
-        c->add_option("-k,--top-k", f.top_k, "only the k likeliest; 0: all");
-        c->add_option("--top-p", f.top_p, "only the likeliest that together have p; 1: all");
-        c->add_option("--min-p", f.min_p, "only those with p times the largest probability");
-        c->add_option("--repetition-penalty", f.repetition_penalty, "1: none");
-        c->add_option("--presence-penalty", r.sampling.presence_penalty, "0: none");
-        c->add_option("--frequency-penalty", r.sampling.frequency_penalty, "0: none");
-        c->add_option("--seed", f.seed, "the same seed draws the same; else a random one");
-        c->add_option("--stop", f.stop, "end before this text; may be repeated")
-            ->allow_extra_args(false);
-        c->add_flag("--ignore-eos", r.ignore_eos, "go on behind the end of text");
-    };
-    const char *no_think = "Qwen3: answer without a thought", *ids = "the text as ids: 1,2,3";
-    CLI::App* c = add("chat", chat, "talk; /reset, /quit; a line that ends in \\ goes on");
-    c->add_option("-p,--prompt", f.prompt, "one question; answer it and end");
-    c->add_option("--system", f.system, "the system message");
-    c->add_flag("--no-think", f.no_think, no_think);
-    sampling(c), engine(c);
-    c = add("generate", generate, "continue a text as it is");
-    input(c), sampling(c), engine(c);
-    c->add_option("--ids", f.ids, ids);
-    c->add_option("--samples", f.request.samples, "continuations of the one prompt");
-    c->add_option("--logprobs", f.request.logprobs, "log-probabilities, and of the K likeliest")
-        ->check(CLI::Range(0, 1000));
-    c = add("score", score, "log-probabilities of a text, and its perplexity");
-    input(c), engine(c);
-    c->add_option("--ids", f.ids, ids);
-    c = add("tokenize", tokenize, "text to ids");
-    input(c);
-    c->add_flag("--jsonl", f.jsonl, "a JSON string a line in, an array of ids a line out");
-    c->add_flag("--decode", f.decode, "ids to text");
-    c->add_flag("--chat", f.chat, "in: a JSON array of messages");
-    c->add_flag("--no-think", f.no_think, no_think);
-    c = add("bench", bench, "speed of prompts (pp) and of decoding (tg)");
-    engine(c);
-    auto list = [&](const char* name, vector<int>& values, const char* what) {
-        c->add_option(name, values, what)->delimiter(',')->allow_extra_args(false);
-    };
-    list("--pp", f.pp, "prompt lengths");
-    list("--tg", f.tg, "tokens to decode");
-    list("--rows", f.rows, "sequences at a time");
-    engine(add("info", info, "the model's shape, and what fits here"));
-    for (CLI::App* each : app.get_subcommands({}))
-        for (const char* name : {"--max-context", "--max-rows", "--chunk", "--samples",
-                                 "--max-tokens", "--pp", "--tg", "--rows"})
-            if (auto* o = each->get_option_no_throw(name)) o->check(CLI::Range(1, 1 << 24));
-}
-
-int run_command(int argc, char** argv) {
+#ifndef NANOCU_NO_MAIN
+int main(int argc, char** argv) {
     Flags f;
-    Command* command = nullptr;
+    f.sampling.seed = std::random_device()();
+    void (*called)(const Flags&) = nullptr;
     CLI::App app("nanocu: LLM inference, small enough to be read");
     app.set_version_flag("--version", "nanocu 0.1");
     app.require_subcommand(1);
-    add_flags(app, f, command);
+    auto command = [&](const char* name, auto run, const char* what) {
+        CLI::App* c = app.add_subcommand(name, what)->callback([&called, run] { called = run; });
+        c->add_option("MODEL", f.model, "a model's folder, as Hugging Face has it")->required();
+        c->add_flag("--json", f.json, "JSON on stdout, one object a line");
+    };
+    command("chat", chat, "talk; /reset, /quit; a line that ends in \\ goes on");
+    command("generate", generate, "continue a text as it is");
+    command("score", score, "log-probabilities of a text, and its perplexity");
+    command("tokenize", tokenize, "text to ids");
+    command("bench", bench, "speed of prompts (pp) and of decoding (tg)");
+    command("info", info, "the model's shape, and what fits here");
+
+    // A flag of some commands; check may refuse or change its value.
+    auto flag = [&](const vector<string>& commands, const char* name, auto& value,
+                    const char* what, const CLI::Validator& check = {}) {
+        using T = std::decay_t<decltype(value)>;
+        for (const string& command : commands) {
+            CLI::App* c = app.get_subcommand(command);
+            if constexpr (std::is_same_v<T, bool>) c->add_flag(name, value, what);
+            else c->add_option(name, value, what)->transform(check)->allow_extra_args(false)
+                ->delimiter(std::is_same_v<T, vector<int>> ? ',' : '\0');
+        }
+    };
+    const vector<string> model = {"chat", "generate", "score", "bench", "info"},
+        input = {"generate", "score", "tokenize"}, drawing = {"chat", "generate"};
+    const auto size = CLI::Range(1, 1 << 24);
+    flag({"chat"}, "--system", f.system, "the system message");
+    flag({"chat", "tokenize"}, "--no-think", f.no_think, "Qwen3: answer without a thought");
+    flag({"chat"}, "-p,--prompt", f.text, "one question; answer it and end");
+    flag(input, "-p,--prompt", f.text, "the text");
+    flag(input, "-f,--file", f.file, "a file with the text; without -p and -f: stdin");
+    flag(input, "--no-special", f.no_special, "add no bos, or what else the tokenizer adds");
+    flag({"generate", "score"}, "--ids", f.ids, "the text as ids: 1,2,3");
+    flag({"generate"}, "--samples", f.samples, "continuations of the one prompt", size);
+    flag({"generate"}, "--logprobs", f.logprobs, "log-probabilities, and of the K likeliest",
+         CLI::Range(1000));
+    flag({"tokenize"}, "--jsonl", f.jsonl, "a JSON string a line in, an array of ids a line out");
+    flag({"tokenize"}, "--decode", f.decode, "ids to text");
+    flag({"tokenize"}, "--chat", f.chat, "in: a JSON array of messages");
+    flag({"bench"}, "--pp", f.pp, "prompt lengths", size);
+    flag({"bench"}, "--tg", f.tg, "tokens to decode", size);
+    flag({"bench"}, "--rows", f.rows, "sequences at a time", size);
+    flag(drawing, "-n,--max-tokens", f.max_tokens, "else to the end of text or context", size);
+    flag(drawing, "-t,--temperature", f.temperature, "0: always the likeliest");
+    flag(drawing, "-k,--top-k", f.top_k, "only the k likeliest; 0: all");
+    flag(drawing, "--top-p", f.top_p, "only the likeliest that together have p; 1: all");
+    flag(drawing, "--min-p", f.min_p, "only those with p times the largest probability");
+    flag(drawing, "--repetition-penalty", f.repetition_penalty, "1: none");
+    flag(drawing, "--presence-penalty", f.sampling.presence_penalty, "0: none");
+    flag(drawing, "--frequency-penalty", f.sampling.frequency_penalty, "0: none");
+    flag(drawing, "--seed", f.sampling.seed, "the same seed draws the same; else a random one");
+    flag(drawing, "--stop", f.stop, "end before this text; may be repeated");
+    flag(drawing, "--ignore-eos", f.ignore_eos, "go on behind the end of text");
+    flag(model, "--device", f.device, "where to compute", CLI::IsMember({"auto", "cpu"}));
+    flag(model, "--threads", f.threads, "of the CPU; else one a core", CLI::Range(1, 1024));
+    flag(model, "--kv-memory", f.kv_memory, "size of the cache, as 512M", CLI::AsSizeValue(false));
+    flag(model, "--max-context", f.max_context, "fewer tokens than the model allows", size);
+    flag(model, "--max-rows", f.max_rows, "sequences running at a time; else 64", size);
+    flag(model, "--chunk", f.chunk, "tokens computed in a step; else 512", size);
+    flag(model, "!--no-prefix-cache", f.prefix_cache, "compute all prompts from the start");
+    flag(model, "--no-graph", f.no_graph, "no captured graphs (GPU only)");
+    flag(model, "--load-format", f.load, "dummy: random weights", CLI::IsMember({"auto", "dummy"}));
+    flag(model, "--verbose", f.verbose, "say what was chosen");
+
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+        if (interrupted) _exit(130);  // the second time, at once
+        interrupted = 1;
+    };
+    sigaction(SIGINT, &action, nullptr);
+    string error;  // one line: what, where, what to do
     try {
         app.parse(argc, argv);
+        for (const string& stop : f.stop) if (stop.empty()) fail("--stop: is empty; leave it out");
+        if (f.logprobs >= 0 && !f.json) fail("--logprobs: shown in JSON only; add --json");
+        omp_set_num_threads(f.threads);
+        called(f);
+        return interrupted ? 130 : 0;
     } catch (const CLI::ParseError& e) {
         if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
-        fail(e.what(), "; see nanocu --help, or nanocu COMMAND --help");
+        error = str(e.what(), "; see nanocu --help, or nanocu COMMAND --help");
+    } catch (const json::exception& e) {  // of what the user wrote; a file's own has its name
+        error = str("input, --ids: ", strchr(e.what(), ']') + 2);
+    } catch (const std::exception& e) {
+        error = e.what();
     }
-    for (const string& stop : f.stop) if (stop.empty()) fail("--stop: is empty; leave it out");
-    if (f.request.logprobs >= 0 && !f.json) fail("--logprobs: shown in JSON only; add --json");
-    if (f.device != "auto" && f.device != "cpu") fail("--device ", f.device, ": not here; use cpu");
-    if (f.load_format != "auto" && f.load_format != "dummy") fail("--load-format: auto or dummy");
-    omp_set_num_threads(f.threads);
-    struct sigaction action = {};
-    action.sa_handler = on_interrupt;
-    sigaction(SIGINT, &action, nullptr);
-    return command(f);
-}
-
-#ifndef NANOCU_NO_MAIN
-int main(int argc, char** argv) {
-    try {
-        return run_command(argc, argv);
-    } catch (const std::exception& e) {  // one line: what, where, what to do
-        string line = e.what();
-        std::ranges::replace_if(line, [](unsigned char c) { return c < 32; }, ' ');
-        std::cerr << "nanocu: " << line.substr(0, 300) << "\n";
-        return 1;
-    }
+    std::ranges::replace_if(error, [](unsigned char c) { return c < 32; }, ' ');
+    std::cerr << "nanocu: " << error.substr(0, 300) << "\n";
+    return 1;
 }
 #endif
