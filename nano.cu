@@ -5,7 +5,7 @@
 //        -> logits -> sampler.hpp -> id, back into the Sequence and on the screen
 //
 // Chapters: 1 the step and its memory   2 the ops on the CPU   3 the forward pass   4 the engine
-//           5 the commands   6 main
+//           5 the commands   6 main; with nvcc, docs/forks/gpu.hpp comes between 3 and 4
 // Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
 // Tests and forks include this file with NANOCU_NO_MAIN defined.
@@ -62,6 +62,7 @@ struct Step {
     vector<Draw> draws;          // what for, in the same order
     vector<Cache::Copy> copies;  // blocks to copy before anything is written
     vector<int> taken;           // blocks whose old contents nobody may read
+    int slot = 0;                // for the device's own use
 
     int tokens() const { return int(ids.size()); }
     const int* table(int row) const { return &tables[size_t(sequence[row]) * table_width]; }
@@ -69,14 +70,19 @@ struct Step {
 
 // Where steps run. Its memory for keys and values comes with reserve.
 struct Device {
+    string name;
     bool overlaps = false;  // launch returns before the step is done
     virtual ~Device() = default;
     virtual size_t block_bytes() const = 0;
+    size_t token_bytes() const { return block_bytes() / kBlockSize; }
     virtual size_t free_memory() const = 0;  // what KV memory may take by default
     virtual void reserve(int blocks) = 0;
     virtual void launch(Step& step) = 0;
     virtual void wait(Step& step) = 0;  // until the draws of this one, the oldest, are resolved
+    virtual std::pair<double, double> limits() = 0;  // measured: bytes read, flops, a second
 };
+
+double now() { return omp_get_wtime(); }
 
 size_t physical_memory() { return size_t(sysconf(_SC_PHYS_PAGES)) * getpagesize(); }
 
@@ -404,14 +410,53 @@ void forward(const Model& m, const Step& step, Activations& a, KvMemory& kv) {
     }
 }
 
+// The best of five: what work() does a second, on all threads together.
+double best_rate(auto work) {
+    double best = 0;
+    for (int repeat = 0; repeat < 5; repeat++) {
+        double done = 0, start = now();
+        #pragma omp parallel reduction(+ : done)
+        done += work();
+        best = std::max(best, done / (now() - start));
+    }
+    return best;
+}
+
+volatile float sink;  // takes results that nobody needs but that must be computed
+
+// Bytes a second read from memory, in a buffer of 256 MiB, more than any cache.
+double read_bandwidth() {
+    vector<unsigned> data(64 << 20, 1);
+    return best_rate([&] {
+        size_t size = data.size() / omp_get_num_threads();
+        const unsigned* begin = &data[size * omp_get_thread_num()];
+        sink = float(std::accumulate(begin, begin + size, 0u));
+        return double(size) * sizeof(unsigned);
+    });
+}
+
+// Floating point operations a second of multiply-adds in registers, on vectors as the ops use them.
+double fma_peak() {
+    return best_rate([] {
+        cpu::f32x8 sum[12], factor = cpu::f32x8{} + sink;
+        for (int j = 0; j < 12; j++) sum[j] = factor * float(j);
+        for (int i = 0; i < 4'000'000; i++)
+            for (int j = 0; j < 12; j++) sum[j] = sum[j] * factor + factor;
+        for (int j = 1; j < 12; j++) sum[0] += sum[j];
+        sink = sum[0][0];
+        return 4e6 * 12 * 8 * 2;
+    });
+}
+
 class CpuDevice : public Device {
 public:
-    CpuDevice(const Model& m, int tokens) : model(m), act(m.config, tokens) {}
+    CpuDevice(const Model& m, int tokens) : model(m), act(m.config, tokens) { name = "cpu"; }
 
     size_t block_bytes() const override { return KvMemory::block_bytes(model.config); }
     size_t free_memory() const override { return physical_memory() / 4; }
     void reserve(int blocks) override { kv.emplace(model.config, blocks); }
     void wait(Step&) override {}
+    std::pair<double, double> limits() override { return {read_bandwidth(), fma_peak()}; }
     void launch(Step& step) override {
         for (auto [from, to] : step.copies)
             std::ranges::copy(kv->block(from), kv->block(to).begin());
@@ -419,9 +464,9 @@ public:
         for (auto [from, to] : step.copies) std::erase(step.taken, to);
         for (int block : step.taken) std::ranges::fill(kv->block(block), NAN);
 #endif
+        size_t V = model.config.vocab;
         #pragma omp parallel
         forward(model, step, act, *kv);
-        size_t V = model.config.vocab;
         for (size_t begin = 0; begin < step.logit_rows.size(); begin += kLogitRows) {
             auto rows = std::span(step.logit_rows).subspan(begin);
             rows = rows.first(std::min<size_t>(rows.size(), kLogitRows));
@@ -429,9 +474,9 @@ public:
             {
                 cpu::logits(model, rows, act);
                 #pragma omp for schedule(dynamic)
-                for (Draw& d : step.draws)
-                    if (size_t row = d.row - begin; row < rows.size())
-                        d.resolve({&act.logits[row * V], V});
+                for (size_t i = 0; i < step.draws.size(); i++)
+                    if (size_t row = step.draws[i].row - begin; row < rows.size())
+                        step.draws[i].resolve({&act.logits[row * V], V});
             }
         }
     }
@@ -441,6 +486,10 @@ private:
     Activations act;
     std::optional<KvMemory> kv;
 };
+
+#ifdef __CUDACC__
+#include "docs/forks/gpu.hpp"  // CudaDevice: the same on a GPU
+#endif
 
 // =============================================================================================
 // 4. The engine: continuous batching (Yu et al. 2022) over the paged cache
@@ -489,19 +538,39 @@ struct Output {
 struct EngineOptions {
     size_t kv_memory = 0;       // bytes; 0: a quarter of the machine's, if max_rows can use it
     int max_context = INT_MAX;  // tokens of a sequence; never more than the model's
-    int max_rows = 64;          // sequences running at a time
-    int chunk = 512;            // tokens computed in a step
+    int max_rows = 0;           // sequences running at a time; 0: 64, on a GPU 256
+    int chunk = 0;              // tokens computed in a step; 0: 512, on a GPU 8192
     bool prefix_cache = true;
+    bool graphs = true;         // decode steps are captured (GPU)
+    string device = "auto";     // or cpu, cuda, cuda:1
 };
 
-std::unique_ptr<Device> make_device(const Model& m, const EngineOptions& o) {
-    return std::make_unique<CpuDevice>(m, std::max(o.chunk, o.max_rows));
+// The device that o.device names; auto: a GPU where there is one.
+std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o) {
+    int gpus = 0, ordinal = 0;
+    if (o.device.starts_with("cuda:")) ordinal = atoi(o.device.c_str() + 5);
+#ifdef __CUDACC__
+    if (o.device != "cpu") cudaGetDeviceCount(&gpus);
+#endif
+    bool wanted = o.device == "cuda" || o.device.starts_with("cuda:");
+    if (!wanted && o.device != "cpu" && o.device != "auto")
+        fail("--device ", o.device, ": not known; auto, cpu, cuda and cuda:1 are");
+    if (wanted && ordinal >= gpus)
+        fail("--device ", o.device, ": no such GPU here, or no driver for it; use cpu");
+    if (!o.max_rows) o.max_rows = gpus ? 256 : 64;
+    if (!o.chunk) o.chunk = gpus ? 8192 : 512;
+    int tokens = std::max(std::min(o.chunk, std::min(m.config.context, o.max_context) * o.max_rows),
+                          o.max_rows);
+#ifdef __CUDACC__
+    if (gpus) return std::make_unique<cuda::CudaDevice>(m, ordinal, tokens, o.max_rows, o.graphs);
+#endif
+    return std::make_unique<CpuDevice>(m, tokens);
 }
 
 class Engine {
 public:
     const Model& model;
-    const EngineOptions options;
+    EngineOptions options;
     const int context;  // most tokens of a sequence
     const std::unique_ptr<Device> device;
     Cache cache;
@@ -509,7 +578,7 @@ public:
 
     Engine(const Model& m, EngineOptions o)
         : model(m), options(o), context(std::min(m.config.context, o.max_context)),
-          device(make_device(m, o)), cache(choose_blocks(), o.prefix_cache) {
+          device(make_device(m, options)), cache(choose_blocks(), o.prefix_cache) {
         device->reserve(cache.blocks());
         cache.on_take = [this](int block) { taken.push_back(block); };
     }
@@ -730,10 +799,10 @@ using ordered = nlohmann::ordered_json;
 
 // What the command line says: a request and the engine's options, but for what the model decides.
 struct Flags : Request, EngineOptions {
-    string model, file, ids, system, device = "auto", load = "auto";
+    string model, file, ids, system, workload, load = "auto";
     std::optional<string> text;  // of --prompt; a request's prompt is ids
     bool no_think = false, jsonl = false, decode = false, chat = false, json = false;
-    bool verbose = false, no_special = false, no_graph = false;
+    bool verbose = false, no_special = false;
     std::optional<float> temperature, top_p, min_p, repetition_penalty;  // else the model's own
     std::optional<int> top_k;
     int threads = omp_get_num_procs();
@@ -742,8 +811,6 @@ struct Flags : Request, EngineOptions {
 };
 
 volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C
-
-double now() { return omp_get_wtime(); }
 
 // Text on stdout, at once; what cannot be written is an error.
 void put(const string& text) {
@@ -773,7 +840,8 @@ struct Session {
         if (tokenizer && tokenizer->eos >= 0) model.config.eos.insert(tokenizer->eos);
         const string& rounded = model.weights.rounded;
         if (!rounded.empty()) std::cerr << "weights: " << rounded << ", rounded to bf16\n";
-        if (f.verbose) std::cerr << str("device cpu, threads ", f.threads, ", KV memory for ",
+        if (f.verbose) std::cerr << str("device ", engine.device->name, ", threads ", f.threads,
+            ", KV memory for ",
             engine.cache.blocks() * kBlockSize, " tokens, context ", engine.context, ", rows ",
             f.max_rows, ", chunk ", f.chunk, ", seed ", f.sampling.seed, "\n");
     }
@@ -955,44 +1023,6 @@ void tokenize(const Flags& f) {
     put(f.decode ? j.get<string>() : j.dump() + "\n");
 }
 
-// The best of five: what work() does a second, on all threads together.
-double best_rate(auto work) {
-    double best = 0;
-    for (int repeat = 0; repeat < 5; repeat++) {
-        double done = 0, start = now();
-        #pragma omp parallel reduction(+ : done)
-        done += work();
-        best = std::max(best, done / (now() - start));
-    }
-    return best;
-}
-
-volatile float sink;  // takes results that nobody needs but that must be computed
-
-// Bytes a second read from memory, in a buffer of 256 MiB, more than any cache.
-double read_bandwidth() {
-    vector<unsigned> data(64 << 20, 1);
-    return best_rate([&] {
-        size_t size = data.size() / omp_get_num_threads();
-        const unsigned* begin = &data[size * omp_get_thread_num()];
-        sink = float(std::accumulate(begin, begin + size, 0u));
-        return double(size) * sizeof(unsigned);
-    });
-}
-
-// Floating point operations a second of multiply-adds in registers, on vectors as the ops use them.
-double fma_peak() {
-    return best_rate([] {
-        cpu::f32x8 sum[12], factor = cpu::f32x8{} + sink;
-        for (int j = 0; j < 12; j++) sum[j] = factor * float(j);
-        for (int i = 0; i < 4'000'000; i++)
-            for (int j = 0; j < 12; j++) sum[j] = sum[j] * factor + factor;
-        for (int j = 1; j < 12; j++) sum[0] += sum[j];
-        sink = sum[0][0];
-        return 4e6 * 12 * 8 * 2;
-    });
-}
-
 // Tokens a second: of computing one prompt (tokens 0), or of decoding that many in each of some
 // rows, from when all prompts are computed. Every prompt begins differently: nothing is reused.
 double bench_once(Session& s, int rows, int prompt, int tokens) {
@@ -1011,15 +1041,45 @@ double bench_once(Session& s, int rows, int prompt, int tokens) {
     return counted / (now() - start);
 }
 
+// All requests of a file at a time, temperature 0.6; a line each: tokens of the prompt, new ones.
+void bench_workload(Session& s) {
+    std::istringstream file(read_file(s.f.workload));
+    vector<std::pair<int, int>> lengths;
+    for (int prompt, count = 0; file >> prompt; lengths.push_back({prompt, count}))
+        if (!(file >> count) || prompt < 1 || count < 1 || prompt + count > s.engine.context)
+            fail(s.f.workload, ": request ", lengths.size() + 1, " is not two lengths that fit");
+    if (lengths.empty() || !file.eof()) fail(s.f.workload, ": expected lengths, a pair a line");
+    double start = 0, tokens = 0;
+    for (bool warm : {false, true}) {  // first a few requests, to warm up
+        int id = warm;
+        for (auto [prompt, count] : std::span(lengths).first(warm ? lengths.size() : 1)) {
+            Request r = s.request(vector<int>(prompt));
+            for (int& t : r.prompt) t = id = (id + 7919) % s.model.config.vocab;
+            r.max_tokens = warm ? count : 2;
+            r.ignore_eos = true;
+            r.sampling.temperature = 0.6f;
+            s.engine.add(r);
+        }
+        for (start = now(), tokens = 0; s.engine.busy() && !interrupted;)
+            tokens += double(s.engine.step().size());
+    }
+    double seconds = now() - start;
+    if (!interrupted) put_object({{"workload", s.f.workload}, {"seconds", seconds},
+        {"new_tokens", tokens}, {"tokens_per_s", tokens / seconds},
+        {"preemptions", s.engine.preemptions}}, s.f.json);
+}
+
 void bench(const Flags& f) {
     Session s(f);
     const Config& c = s.model.config;
     int longest = std::max(std::ranges::max(f.pp) + 1, std::ranges::max(f.tg) + 17);
     if (longest > s.engine.context)
         fail("bench: ", longest, " tokens do not fit into the context of ", s.engine.context);
-    double bandwidth = read_bandwidth(), peak = fma_peak(), bytes = double(s.model.weights.bytes);
-    put_object({{"threads", f.threads}, {"weight_MB", bytes / 1e6},
-                {"read_GB_per_s", bandwidth / 1e9}, {"fma_GFLOP_per_s", peak / 1e9}}, f.json);
+    auto [bandwidth, peak] = s.engine.device->limits();
+    double bytes = double(s.model.weights.bytes);
+    put_object({{"device", s.engine.device->name}, {"threads", f.threads},
+                {"weight_MB", bytes / 1e6}, {"read_GB_per_s", bandwidth / 1e9},
+                {"peak_GFLOP_per_s", peak / 1e9}}, f.json);
     auto row = [&](const string& test, int rows, int prompt, int tokens) {
         double rate[4];
         for (double& r : rate) r = bench_once(s, rows, prompt, tokens);
@@ -1028,7 +1088,7 @@ void bench(const Flags& f) {
         // multiplying with all but lm_head; of an embedding of its own, either uses a row a token
         double embedding = 2.0 * c.vocab * c.hidden, flops = bytes - embedding * (c.tied ? 1 : 2);
         double read = bytes - (c.tied ? 0 : embedding);
-        read += (prompt + tokens / 2.0) * rows * double(KvMemory::token_bytes(c));
+        read += (prompt + tokens / 2.0) * rows * double(s.engine.device->token_bytes());
         double of_limit = rate[2] / (tokens ? bandwidth / read * rows : peak / flops);
         const char* limit = tokens ? "read bandwidth" : "FMA peak";
         if (interrupted) return;
@@ -1037,6 +1097,7 @@ void bench(const Flags& f) {
         else put(str(std::left, std::setw(14), test, std::fixed, std::setprecision(1), rate[2],
             " tokens/s (", rate[1], " to ", rate[3], "), ", of_limit * 100, "% of ", limit, "\n"));
     };
+    if (!f.workload.empty()) return bench_workload(s);
     for (int pp : f.pp) row(str("pp", pp), 1, pp, 0);
     for (int tg : f.tg)
         for (int rows : f.rows) row(str("tg", tg, " x ", rows), rows, 16, tg);
@@ -1048,8 +1109,9 @@ void info(const Flags& f) {
     put_object({{"type", c.type}, {"layers", c.layers}, {"hidden", c.hidden}, {"heads", c.heads},
         {"kv_heads", c.kv_heads}, {"head_dim", c.head_dim}, {"intermediate", c.intermediate},
         {"vocabulary", c.vocab}, {"context", c.context}, {"parameters", s.model.weights.bytes / 2},
-        {"weight_bytes", s.model.weights.bytes}, {"kv_bytes_per_token", KvMemory::token_bytes(c)},
-        {"device", "cpu"}, {"threads", f.threads},
+        {"weight_bytes", s.model.weights.bytes},
+        {"kv_bytes_per_token", s.engine.device->token_bytes()},
+        {"device", s.engine.device->name}, {"threads", f.threads},
         {"kv_tokens_that_fit", int64_t(s.engine.cache.blocks()) * kBlockSize}}, f.json);
 }
 
@@ -1111,25 +1173,27 @@ int main(int argc, char** argv) {
     flag({"bench"}, "--pp", f.pp, "prompt lengths", size);
     flag({"bench"}, "--tg", f.tg, "tokens to decode", size);
     flag({"bench"}, "--rows", f.rows, "sequences at a time", size);
+    flag({"bench"}, "--workload", f.workload, "a file of prompt and output lengths, a pair a line");
     flag(drawing, "-n,--max-tokens", f.max_tokens, "else to the end of text or context", size);
-    flag(drawing, "-t,--temperature", f.temperature, "0: always the likeliest");
-    flag(drawing, "-k,--top-k", f.top_k, "only the k likeliest; 0: all");
-    flag(drawing, "--top-p", f.top_p, "only the likeliest that together have p; 1: all");
-    flag(drawing, "--min-p", f.min_p, "only those with p times the largest probability");
+    const vector<string> cutting = {"chat", "generate", "bench"};
+    flag(cutting, "-t,--temperature", f.temperature, "0: always the likeliest");
+    flag(cutting, "-k,--top-k", f.top_k, "only the k likeliest; 0: all");
+    flag(cutting, "--top-p", f.top_p, "only the likeliest that together have p; 1: all");
+    flag(cutting, "--min-p", f.min_p, "only those with p times the largest probability");
     flag(drawing, "--repetition-penalty", f.repetition_penalty, "1: none");
     flag(drawing, "--presence-penalty", f.sampling.presence_penalty, "0: none");
     flag(drawing, "--frequency-penalty", f.sampling.frequency_penalty, "0: none");
     flag(drawing, "--seed", f.sampling.seed, "the same seed draws the same; else a random one");
     flag(drawing, "--stop", f.stop, "end before this text; may be repeated");
     flag(drawing, "--ignore-eos", f.ignore_eos, "go on behind the end of text");
-    flag(model, "--device", f.device, "where to compute", CLI::IsMember({"auto", "cpu"}));
+    flag(model, "--device", f.device, "auto, cpu, cuda or cuda:1");
     flag(model, "--threads", f.threads, "of the CPU; else one a core", CLI::Range(1, 1024));
     flag(model, "--kv-memory", f.kv_memory, "size of the cache, as 512M", CLI::AsSizeValue(false));
     flag(model, "--max-context", f.max_context, "fewer tokens than the model allows", size);
     flag(model, "--max-rows", f.max_rows, "sequences running at a time; else 64", size);
     flag(model, "--chunk", f.chunk, "tokens computed in a step; else 512", size);
     flag(model, "!--no-prefix-cache", f.prefix_cache, "compute all prompts from the start");
-    flag(model, "--no-graph", f.no_graph, "no captured graphs (GPU only)");
+    flag(model, "!--no-graph", f.graphs, "no captured graphs (GPU only)");
     flag(model, "--load-format", f.load, "dummy: random weights", CLI::IsMember({"auto", "dummy"}));
     flag(model, "--verbose", f.verbose, "say what was chosen");
 

@@ -9,14 +9,25 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
+
+#ifdef __CUDACC__
+#define NANOCU_BOTH __host__ __device__  // the same code for a CPU and a GPU
+#else
+#define NANOCU_BOTH
+#endif
+#ifdef __CUDA_ARCH__
+#define NANOCU_UNROLL _Pragma("unroll 8")
+#else
+#define NANOCU_UNROLL
+#endif
 
 struct Sampling {
     float temperature = 0;          // 0: the largest logit
@@ -47,15 +58,22 @@ struct Sampling {
     }
 };
 
+template <class To, class From>
+NANOCU_BOTH To bits_as(From from) {  // std::bit_cast, also in kernels
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 // Philox4x32-10 (Salmon et al. 2011), a counter-based generator: the number for a (seed, sample,
 // position) needs no state, so a request draws the same whatever runs beside it.
-inline uint64_t philox(uint64_t seed, uint32_t sample, uint32_t position) {
+NANOCU_BOTH inline uint64_t philox(uint64_t seed, uint32_t sample, uint32_t position) {
     uint32_t c[4] = {position, sample, 0, 0}, k[2] = {uint32_t(seed), uint32_t(seed >> 32)};
     for (int round = 0; round < 10; round++) {
         uint64_t a = uint64_t(0xD2511F53) * c[0], b = uint64_t(0xCD9E8D57) * c[2];
         uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ k[0], uint32_t(b),
                             uint32_t(a >> 32) ^ c[3] ^ k[1], uint32_t(a)};
-        std::copy(next, next + 4, c);
+        for (int i = 0; i < 4; i++) c[i] = next[i];
         k[0] += 0x9E3779B9;
         k[1] += 0xBB67AE85;
     }
@@ -64,20 +82,20 @@ inline uint64_t philox(uint64_t seed, uint32_t sample, uint32_t position) {
 
 // round(2^40 exp(x)) for x <= 0. Every operation is exact or correctly rounded, in this order, with
 // no compiler's choice of contraction: the same bits everywhere.
-inline uint64_t exp_weight(double x) {
+NANOCU_BOTH inline uint64_t exp_weight(double x) {
     if (!(x > -28.5)) return 0;  // below half of 2^-40
-    double n = std::rint(x * 1.4426950408889634);
-    double r = std::fma(n, -1.9082149292705877e-10, std::fma(n, -0.6931471803691238, x)), e = 0;
+    double n = rint(x * 1.4426950408889634);
+    double r = fma(n, -1.9082149292705877e-10, fma(n, -0.6931471803691238, x)), e = 0;
     constexpr double factorials[] = {1,   1,    2,     6,      24,      120,
                                      720, 5040, 40320, 362880, 3628800, 39916800};
-    for (int i = 11; i >= 0; i--) e = std::fma(e, r, 1 / factorials[i]);  // Taylor, |r| < 0.35
-    return uint64_t(std::rint(e * std::bit_cast<double>(uint64_t(1023 + 40 + int(n)) << 52)));
+    for (int i = 11; i >= 0; i--) e = fma(e, r, 1 / factorials[i]);  // Taylor, |r| < 0.35
+    return uint64_t(rint(e * bits_as<double>(uint64_t(1023 + 40 + int(n)) << 52)));
 }
 
 // Descending order of logit, ascending of id, as one number; larger comes first. Logits are finite
 // or -inf (NaN sorts last).
-inline uint64_t order_key(float logit, int id) {
-    uint32_t bits = std::bit_cast<uint32_t>(logit == 0 ? 0.0f : logit);  // -0 equals 0
+NANOCU_BOTH inline uint64_t order_key(float logit, int id) {
+    uint32_t bits = bits_as<uint32_t>(logit == 0 ? 0.0f : logit);  // -0 equals 0
     bits = std::isnan(logit) ? 0 : bits & 0x80000000 ? ~bits : bits | 0x80000000;
     return uint64_t(bits) << 32 | uint32_t(~id);
 }
@@ -89,75 +107,155 @@ inline int argmax(std::span<const float> logits) {
     return int(~uint32_t(best));
 }
 
+// The ids that are in prompt or output, with how often they are in output.
+inline std::unordered_map<int, int> count_ids(std::span<const int> prompt,
+                                              std::span<const int> output) {
+    std::unordered_map<int, int> count;
+    for (int id : prompt) count[id];
+    for (int id : output) count[id]++;
+    return count;
+}
+
+// count: how often the id of this logit is in the output.
+NANOCU_BOTH inline void penalize(float& logit, const Sampling& s, int count) {
+    logit = logit > 0 ? logit / s.repetition_penalty : logit * s.repetition_penalty;
+    logit = fmaf(-s.frequency_penalty, float(count), logit) - (count ? s.presence_penalty : 0);
+}
+
 // Changes logits [V] in place. prompt, output: the ids so far.
 inline void apply_penalties(std::span<float> logits, const Sampling& s, std::span<const int> prompt,
                             std::span<const int> output) {
-    std::unordered_map<int, int> count;  // in output
-    for (int id : prompt) count[id];
-    for (int id : output) count[id]++;
-    for (auto [id, n] : count) {
-        float& logit = logits[id];
-        logit = logit > 0 ? logit / s.repetition_penalty : logit * s.repetition_penalty;
-        logit = std::fma(-s.frequency_penalty, float(n), logit) - (n ? s.presence_penalty : 0);
-    }
+    for (auto [id, n] : count_ids(prompt, output)) penalize(logits[id], s, n);
 }
 
-// The candidates that min-p, top-k and top-p keep are those with order_key >= the result.
-inline uint64_t threshold(std::span<const float> logits, const Sampling& s, float max) {
-    struct Candidate {
-        uint64_t key, weight;
-        bool operator<(const Candidate& b) const { return key > b.key; }
-    };
-    if (s.top_k == 0 && s.top_p == 1 && s.min_p == 0) return 0;
-    uint64_t least = uint64_t(std::ceil(double(s.min_p) * 0x1p40));
-    std::vector<Candidate> kept;
-    for (int id = 0; id < int(logits.size()); id++)
-        kept.push_back({order_key(logits[id], id), 0});
-    auto at = kept.begin(), end = kept.end();  // what is still undecided
-    if (s.top_k > 0 && s.top_k < int(kept.size())) {
-        std::nth_element(at, at + s.top_k, end);
-        end = at + s.top_k;
+// ---------------------------------------------------------------------------------------------
+// The draw, written once for both builds. A team of threads works on it: one thread on a CPU, some
+// thousand on a GPU, each with its rank. Nothing is sorted: what the cuts keep is a beginning of
+// the order, found by a radix select, 11 bits of order_key at a time, by histograms.
+
+constexpr int kBins = 2048;
+
+// The bin where the sum of the bins from the highest down reaches a need: how much of the need is
+// in it, and how much it has.
+struct Found {
+    int bin;
+    uint64_t need, inside;
+};
+
+// The ids that may be drawn: those that min-p leaves, from a place in the order upwards.
+struct Candidates {
+    const float* logits;
+    int V, best;
+    double max, inverse;                // the logit of best; of the temperature
+    uint64_t least_weight, least = 0;   // least: an order_key
+    const int* list = nullptr;          // some ids that hold all candidates; else all V
+    int count = V;
+
+    NANOCU_BOTH int id(int i) const { return list ? list[i] : i; }
+    NANOCU_BOTH uint64_t weight(int id) const {
+        if (order_key(logits[id], id) < least) return 0;
+        uint64_t w = exp_weight((double(logits[id]) - max) * inverse);
+        return w >= least_weight ? w : 0;
     }
-    uint64_t total = 0;
-    for (auto c = at; c != end; c++)
-        c->weight = exp_weight((double(logits[uint32_t(~c->key)]) - max) / s.temperature);
-    end = std::partition(at, end, [&](const Candidate& c) { return c.weight >= least; });
-    for (auto c = at; c != end; c++) total += c->weight;
-    if (total == 0) return 0;  // the logits are not numbers
-    // the smallest beginning with at least top_p of the total: go on in the half where it ends
-    if (s.top_p == 1) return std::max_element(at, end)->key;
-    uint64_t missing = uint64_t(std::ceil(double(s.top_p) * double(total)));
-    while (end - at > 1) {
-        auto middle = at + (end - at) / 2;
-        std::nth_element(at, middle, end);
-        uint64_t upper = 0;
-        for (auto c = at; c != middle; c++) upper += c->weight;
-        if (upper >= missing) {
-            end = middle;
-        } else {
-            missing -= upper;
-            at = middle;
+};
+
+struct OneThread {
+    int rank = 0, size = 1;
+    uint64_t bins[kBins];
+
+    uint64_t largest(uint64_t value) { return value; }  // of all threads' values
+    uint64_t before(uint64_t value, uint64_t& total) {  // sum over lower ranks, over all
+        total = value;
+        return 0;
+    }
+    void narrow(Candidates&, uint64_t, int) {}  // thousands find a list for top-k here
+    void clear() { std::fill(bins, bins + kBins, 0); }
+    void add(int bin, uint64_t amount) { bins[bin] += amount; }
+    template <class Need>
+    Found find(Need need_of) {  // from the sum over all bins
+        uint64_t total = 0;
+        for (uint64_t b : bins) total += b;
+        Found f = {kBins - 1, need_of(total), 0};
+        for (; f.bin > 0 && bins[f.bin] < f.need; f.bin--) f.need -= bins[f.bin];
+        f.inside = bins[f.bin];
+        return f;
+    }
+};
+
+// Raises c.least until the sum over the ids left, of what amount gives for each, just reaches need.
+template <class Team, class Amount, class Need>
+NANOCU_BOTH void cut(Team& team, Candidates& c, Amount amount, Need need_of) {
+    uint64_t prefix = 0, need = 0;  // of the place in the order: the digits so far; still missing
+    int digits_end = 64;
+    while (digits_end > 0) {
+        int end = digits_end > 11 ? digits_end - 11 : 0, digit = digits_end - end;
+        team.clear();
+        for (int i = team.rank; i < c.count; i += team.size) {
+            int id = c.id(i);
+            uint64_t key = order_key(c.logits[id], id);
+            if (key < c.least || (digits_end < 64 && key >> digits_end != prefix)) continue;
+            team.add(int(key >> end) & ((1 << digit) - 1), amount(id));
         }
+        bool first = digits_end == 64;
+        Found f = team.find([&](uint64_t total) { return first ? need_of(total) : need; });
+        prefix = prefix << digit | uint64_t(f.bin);
+        need = f.need;
+        digits_end = end;
+        if (need == f.inside) break;  // all that begin like this are needed
     }
-    return at->key;
+    if (prefix << digits_end > c.least) c.least = prefix << digits_end;
 }
 
-// The next id for logits [V], penalties applied. sample and position number the draw.
-inline int sample_id(std::span<const float> logits, const Sampling& s, int sample, int position) {
-    int best = argmax(logits);
-    if (s.temperature == 0) return best;
-    uint64_t least = threshold(logits, s, logits[best]), total = 0;
-    std::vector<uint64_t> weights(logits.size());
-    for (int id = 0; id < int(logits.size()); id++)
-        if (order_key(logits[id], id) >= least)
-            total += weights[id] = exp_weight((double(logits[id]) - logits[best]) / s.temperature);
-    unsigned __int128 random = philox(s.seed, uint32_t(sample), uint32_t(position));
-    uint64_t draw = uint64_t(random * total >> 64);  // uniform in 0 .. total - 1
-    for (int id = 0; id < int(logits.size()); id++) {
-        if (draw < weights[id]) return id;
-        draw -= weights[id];
+// What the cuts of s leave of logits [V].
+template <class Team>
+NANOCU_BOTH Candidates candidates(Team& team, const float* logits, int V, const Sampling& s) {
+    uint64_t largest = 0;
+    NANOCU_UNROLL
+    for (int id = team.rank; id < V; id += team.size) {
+        uint64_t key = order_key(logits[id], id);
+        if (key > largest) largest = key;
     }
-    return best;  // total is 0 only if the logits are not numbers
+    int best = int(~uint32_t(team.largest(largest)));
+    auto least_weight = uint64_t(ceil(double(s.min_p) * 0x1p40));
+    Candidates c = {logits, V, best, logits[best], 1 / double(s.temperature), least_weight};
+    if (s.temperature > 0 && s.top_k > 0 && s.top_k < V) {
+        team.narrow(c, largest, s.top_k);
+        if (c.count != s.top_k)
+            cut(team, c, [](int) { return 1; }, [&](uint64_t) { return uint64_t(s.top_k); });
+    }
+    if (s.temperature > 0 && s.top_p < 1)
+        cut(team, c, [&](int id) { return c.weight(id); }, [&](uint64_t total) {
+            return uint64_t(ceil(double(s.top_p) * double(total)));
+        });
+    return c;
+}
+
+// The next id for logits [V], penalties applied. sample and position number the draw. One thread of
+// the team gets the id, the others -1.
+template <class Team>
+NANOCU_BOTH int draw_id(Team& team, const float* logits, int V, const Sampling& s, int sample,
+                        int position) {
+    Candidates c = candidates(team, logits, V, s);
+    if (s.temperature == 0) return team.rank ? -1 : c.best;
+    uint64_t sum = 0, total;
+    int each = (V + team.size - 1) / team.size, id = team.rank * each, end = id + each;
+    for (int i = id; i < end && i < V; i++) sum += c.weight(i);
+    uint64_t before = team.before(sum, total);
+    if (total == 0) return team.rank ? -1 : c.best;  // the logits are not numbers
+    // uniform in 0 .. total - 1; the id where it falls among the weights in the order of ids
+    uint64_t random = philox(s.seed, uint32_t(sample), uint32_t(position));
+    auto draw = uint64_t((unsigned __int128)random * total >> 64);
+    if (draw < before || draw >= before + sum) return -1;
+    for (draw -= before;; id++) {
+        uint64_t w = c.weight(id);
+        if (draw < w) return id;
+        draw -= w;
+    }
+}
+
+inline int sample_id(std::span<const float> logits, const Sampling& s, int sample, int position) {
+    OneThread team;
+    return draw_id(team, logits.data(), int(logits.size()), s, sample, position);
 }
 
 struct TokenLogprob {

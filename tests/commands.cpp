@@ -406,6 +406,19 @@ TEST_CASE("info and bench print objects with --json, text without") {
     }
     CHECK(tests == vector<string>{"pp16", "tg4 x 1", "tg4 x 2"});
     CHECK(nanocu("bench --pp 16 --tg 4 --rows 1 " + kLlama).exit == 0);  // MODEL may come last
+
+    TempFolder folder;
+    folder.write("workload", "20 5\n100 7\n");
+    json run = json_lines("bench " + kLlama + " --workload " + (folder / "workload")).back();
+    CHECK(run["new_tokens"] == 12);
+    for (const char* bad : {"", "20", "20 5\n30", "20 5\n0 5\n", "20 5\nabc\n", "5000 5\n",
+                            "20 0\n"}) {
+        folder.write("bad", bad);
+        CAPTURE(bad);
+        Ran r = nanocu("bench " + kLlama + " --json --workload " + (folder / "bad"));
+        CHECK(r.exit == 1);
+        CHECK(r.err.starts_with("nanocu: "));
+    }
 }
 
 TEST_CASE("chat computes only what is new in each turn") {

@@ -91,6 +91,19 @@ double deviate(const std::vector<int>& counts, const std::vector<double>& probab
 
 }  // namespace
 
+// Which ids the cuts of s leave, in this order.
+static std::vector<int> kept_of(const std::vector<float>& logits, const std::vector<int>& order,
+                                const Sampling& s) {
+    OneThread team;
+    Candidates c = candidates(team, logits.data(), int(logits.size()), s);
+    std::vector<int> kept;
+    for (int id : order) {
+        uint64_t weight = exp_weight((double(logits[id]) - c.max) * c.inverse);
+        if (order_key(logits[id], id) >= c.least && weight >= c.least_weight) kept.push_back(id);
+    }
+    return kept;
+}
+
 TEST_CASE("what top-k, top-p, min-p and their combinations keep equals a brute-force computation") {
     std::mt19937 random(1);
     int cut_at_all = 0;
@@ -102,12 +115,11 @@ TEST_CASE("what top-k, top-p, min-p and their combinations keep equals a brute-f
         float m = random() % 4 ? float(random() % 1000) / 1000 : 1;
         if (random() % 2) m *= 0.01f;
         float temperature = std::array{0.01f, 0.7f, 1.0f, 5.0f}[random() % 4];
-        CHECK(threshold(logits, cuts(0, 1, 0, temperature), logits[order[0]]) == 0);
+        CHECK(kept_of(logits, order, cuts(0, 1, 0, temperature)) == order);
         for (int use = 0; use < 8; use++) {
             Sampling s = cuts(use & 1 ? k : 0, use & 2 ? p : 1, use & 4 ? m : 0, temperature);
-            std::vector<int> want = brute_force(logits, order, s), got;
-            uint64_t least = threshold(logits, s, logits[order[0]]);
-            for (int id : order) if (order_key(logits[id], id) >= least) got.push_back(id);
+            std::vector<int> want = brute_force(logits, order, s);
+            std::vector<int> got = kept_of(logits, order, s);
             CAPTURE(i);
             CAPTURE(use);
             CHECK(got == want);
@@ -122,9 +134,8 @@ TEST_CASE("what top-k, top-p, min-p and their combinations keep equals a brute-f
 TEST_CASE("a cut keeps at least one id, and ties end in the lowest ids") {
     std::vector<float> logits = {1, 2, 2, 2, 2, 0};
     auto kept = [&](const Sampling& s) {
-        std::vector<int> ids;
-        uint64_t least = threshold(logits, s, 2);
-        for (int id = 0; id < 6; id++) if (order_key(logits[id], id) >= least) ids.push_back(id);
+        std::vector<int> ids = kept_of(logits, {1, 2, 3, 4, 0, 5}, s);
+        std::ranges::sort(ids);
         return ids;
     };
     CHECK(kept(cuts(1, 1, 0)) == std::vector{1});
