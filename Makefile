@@ -2,7 +2,7 @@
 # CXX, CXXFLAGS and LDFLAGS are respected.
 
 SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
-TESTS    := $(wildcard tests/*.cpp tests/*.hpp)
+TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
 
@@ -21,8 +21,16 @@ define compile
 	$(CXX) $(FLAGS) $1 $(CXXFLAGS) -x c++ $< $(LIBS) $2 $(LDFLAGS) -o $@
 endef
 
+# The build for GPUs, with nvcc: Hopper's own code, and for the others from Ampere on.
+GPU_CODE := -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a
+define compile_gpu
+	@mkdir -p $(@D)
+	nvcc -x cu -std=c++20 $(GPU_CODE) -diag-suppress 68,20014 \
+	    -Xcompiler -march=x86-64-v3,-fopenmp,-Wall,-Wextra $1 $< -o $@ $(LIBS) -lcublas -lgomp
+endef
+
 .DELETE_ON_ERROR:
-.PHONY: help demo build model test test-sanitize lines packages clean distclean
+.PHONY: help demo build gpu model test test-gpu test-sanitize lines packages clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +42,14 @@ build: nanocu  ## the binary, ./nanocu
 
 nanocu: $(SOURCES) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
+
+gpu: build/gpu/nanocu  ## the binary with the GPU in it, build/gpu/nanocu; needs nvcc
+
+build/gpu/nanocu: $(SOURCES) docs/forks/gpu.hpp | packages
+	$(call compile_gpu,-O3 -DNDEBUG)
+
+build/gpu/tests: tests/all_gpu.cpp tests/gpu.cpp tests/common.hpp $(SOURCES) docs/forks/gpu.hpp | packages
+	$(call compile_gpu,-O2)
 
 packages:  ## what apt-get has to install, if anything (sudo where not root)
 	@missing="$(filter-out $(shell dpkg-query -W -f '$${Package}/$${db:Status-Status}\n' $(PACKAGES) \
@@ -71,6 +87,11 @@ test: build/tests nanocu $(QWEN3) $(MODEL)/config.json  ## all tests; some with 
 test-sanitize: build/nanocu-sanitize $(QWEN3) $(MODEL)/config.json  ## the same under ASan and UBSan
 test-sanitize: build/tests-sanitize
 	$(call run_tests,build/tests-sanitize -tce="demo model: greedy*",build/nanocu-sanitize)
+
+# The binary may come from another machine: it is built only where it is not there.
+test-gpu:  ## the tests of the GPU; without one it says that it skips them
+	@test -x build/gpu/tests || $(MAKE) build/gpu/tests
+	build/gpu/tests $(ARGS)
 
 build/tests: tests/all.cpp $(TESTS) $(SOURCES) | packages
 	$(call compile,-O2 $(CHECKED))
