@@ -826,7 +826,7 @@ class CudaDevice : public Device {
 public:
     // tokens: most in a step. rows: most sequences. graphs: whether decode steps are captured.
     CudaDevice(const Model& m, int ordinal, int tokens, int rows, bool graphs)
-        : model(m), c(m.config), graphs_on(graphs), max_tokens(tokens) {
+        : model(m), c(m.config), graphs_on(graphs) {
         overlaps = true;
         if (c.head_dim != 64 && c.head_dim != 128)
             fail("config.json: head_dim ", c.head_dim, " is not built for GPUs; use --device cpu");
@@ -1236,7 +1236,7 @@ private:
     const Model& model;
     const Shape c;
     bool graphs_on, turn = false;
-    int max_tokens, team;  // team: blocks that work on a draw
+    int team;  // blocks that work on a draw
     size_t max_draws = 0, array_bytes = 0, kv_bytes = 0;
     cudaStream_t stream, uploads;
     cublasHandle_t blas;
