@@ -43,9 +43,12 @@ struct Draw {
     // From its row of logits [V].
     void resolve(std::span<const float> logits) {
         if (id < 0) {
-            vector<float> penalized(logits.begin(), logits.end());
-            if (sampling.has_penalties()) apply_penalties(penalized, sampling, prompt, output);
-            id = sample_id(penalized, sampling, sample, position);
+            vector<float> penalized;
+            if (sampling.has_penalties()) {
+                penalized.assign(logits.begin(), logits.end());
+                apply_penalties(penalized, sampling, prompt, output);
+            }
+            id = sample_id(penalized.empty() ? logits : penalized, sampling, sample, position);
         }
         if (logprobs >= 0) scores = log_probabilities(logits, id, logprobs);
     }
@@ -545,8 +548,8 @@ struct EngineOptions {
     string device = "auto";     // or cpu, cuda, cuda:1
 };
 
-// The device that o.device names; auto: a GPU where there is one.
-std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o) {
+// The device that o.device names; auto: a GPU where there is one. Fills in what o leaves to it.
+std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int context) {
     int gpus = 0, ordinal = 0;
     if (o.device.starts_with("cuda:")) ordinal = atoi(o.device.c_str() + 5);
 #ifdef __CUDACC__
@@ -559,8 +562,8 @@ std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o) {
         fail("--device ", o.device, ": no such GPU here, or no driver for it; use cpu");
     if (!o.max_rows) o.max_rows = gpus ? 256 : 64;
     if (!o.chunk) o.chunk = gpus ? 8192 : 512;
-    int tokens = std::max(std::min(o.chunk, std::min(m.config.context, o.max_context) * o.max_rows),
-                          o.max_rows);
+    int64_t most = std::min<int64_t>(o.chunk, int64_t(context) * o.max_rows);  // tokens in a step
+    int tokens = std::max(o.max_rows, int(most));
 #ifdef __CUDACC__
     if (gpus) return std::make_unique<cuda::CudaDevice>(m, ordinal, tokens, o.max_rows, o.graphs);
 #endif
@@ -578,7 +581,7 @@ public:
 
     Engine(const Model& m, EngineOptions o)
         : model(m), options(o), context(std::min(m.config.context, o.max_context)),
-          device(make_device(m, options)), cache(choose_blocks(), o.prefix_cache) {
+          device(make_device(m, options, context)), cache(choose_blocks(), o.prefix_cache) {
         device->reserve(cache.blocks());
         cache.on_take = [this](int block) { taken.push_back(block); };
     }
@@ -643,8 +646,8 @@ private:
     };
 
     int choose_blocks() const {
-        size_t block = device->block_bytes(), most = (context / kBlockSize + 1) * options.max_rows;
-        size_t blocks = std::min(device->free_memory() / block, most);
+        size_t block = device->block_bytes(), each = context / kBlockSize + 1;
+        size_t blocks = std::min(device->free_memory() / block, each * options.max_rows);
         if (options.kv_memory) blocks = options.kv_memory / block;
         if (options.kv_memory > physical_memory())
             fail("--kv-memory: more than this machine has; lower it");
@@ -841,9 +844,9 @@ struct Session {
         const string& rounded = model.weights.rounded;
         if (!rounded.empty()) std::cerr << "weights: " << rounded << ", rounded to bf16\n";
         if (f.verbose) std::cerr << str("device ", engine.device->name, ", threads ", f.threads,
-            ", KV memory for ",
-            engine.cache.blocks() * kBlockSize, " tokens, context ", engine.context, ", rows ",
-            f.max_rows, ", chunk ", f.chunk, ", seed ", f.sampling.seed, "\n");
+            ", KV memory for ", engine.cache.blocks() * kBlockSize, " tokens, context ",
+            engine.context, ", rows ", engine.options.max_rows, ", chunk ", engine.options.chunk,
+            ", seed ", f.sampling.seed, "\n");
     }
 
     // The request of the flags; what they leave open is the model's.
@@ -1023,47 +1026,57 @@ void tokenize(const Flags& f) {
     put(f.decode ? j.get<string>() : j.dump() + "\n");
 }
 
-// Tokens a second: of computing one prompt (tokens 0), or of decoding that many in each of some
-// rows, from when all prompts are computed. Every prompt begins differently: nothing is reused.
-double bench_once(Session& s, int rows, int prompt, int tokens) {
+// A request for exactly so many new tokens. Every prompt begins differently: nothing is reused.
+Request bench_request(const Session& s, int prompt, int tokens) {
     static int id = 0;
-    for (int i = 0; i < rows; i++) {
-        Request r = s.request(vector<int>(prompt));
-        for (int& t : r.prompt) t = id = (id + 7919) % s.model.config.vocab;
-        r.max_tokens = tokens + 1;
-        r.ignore_eos = true;
-        s.engine.add(r);
-    }
+    Request r = s.request(vector<int>(prompt));
+    for (int& t : r.prompt) t = id = (id + 7919) % s.model.config.vocab;
+    r.max_tokens = tokens;
+    r.ignore_eos = true;
+    return r;
+}
+
+// Runs what was added to its end or to Ctrl-C; the tokens that came.
+double run_to_end(Engine& engine) {
+    double tokens = 0;
+    while (engine.busy() && !interrupted) tokens += double(engine.step().size());
+    return tokens;
+}
+
+// Tokens a second: of computing one prompt (tokens 0), or of decoding that many in each of some
+// rows, from when all prompts are computed.
+double bench_once(Session& s, int rows, int prompt, int tokens) {
+    for (int i = 0; i < rows; i++) s.engine.add(bench_request(s, prompt, tokens + 1));
     double start = now(), counted = prompt;
     while (s.engine.busy() && !interrupted && int(s.engine.step().size()) < rows) {}
     if (tokens) start = now(), counted = 0;
-    while (s.engine.busy() && !interrupted) counted += double(s.engine.step().size());
+    counted += run_to_end(s.engine);
     return counted / (now() - start);
 }
 
-// All requests of a file at a time, temperature 0.6; a line each: tokens of the prompt, new ones.
-void bench_workload(Session& s) {
-    std::istringstream file(read_file(s.f.workload));
-    vector<std::pair<int, int>> lengths;
+using Workload = vector<std::pair<int, int>>;  // tokens of a prompt, new ones
+
+// From a file with a line each.
+Workload read_workload(const string& path, int context) {
+    std::istringstream file(read_file(path));
+    Workload lengths;
     for (int prompt, count = 0; file >> prompt; lengths.push_back({prompt, count}))
-        if (!(file >> count) || prompt < 1 || count < 1 || prompt + count > s.engine.context)
-            fail(s.f.workload, ": request ", lengths.size() + 1, " is not two lengths that fit");
-    if (lengths.empty() || !file.eof()) fail(s.f.workload, ": expected lengths, a pair a line");
-    double start = 0, tokens = 0;
-    for (bool warm : {false, true}) {  // first a few requests, to warm up
-        int id = warm;
-        for (auto [prompt, count] : std::span(lengths).first(warm ? lengths.size() : 1)) {
-            Request r = s.request(vector<int>(prompt));
-            for (int& t : r.prompt) t = id = (id + 7919) % s.model.config.vocab;
-            r.max_tokens = warm ? count : 2;
-            r.ignore_eos = true;
-            r.sampling.temperature = 0.6f;
-            s.engine.add(r);
-        }
-        for (start = now(), tokens = 0; s.engine.busy() && !interrupted;)
-            tokens += double(s.engine.step().size());
+        if (!(file >> count) || prompt < 1 || count < 1 || prompt + count > context)
+            fail(path, ": request ", lengths.size() + 1, " is not two lengths that fit");
+    if (lengths.empty() || !file.eof()) fail(path, ": expected lengths, a pair a line");
+    return lengths;
+}
+
+// All requests at a time, temperature 0.6.
+void bench_workload(Session& s, const Workload& lengths) {
+    s.engine.add(bench_request(s, lengths[0].first, 2));  // to warm up
+    run_to_end(s.engine);
+    for (auto [prompt, count] : lengths) {
+        Request r = bench_request(s, prompt, count);
+        r.sampling.temperature = 0.6f;
+        s.engine.add(r);
     }
-    double seconds = now() - start;
+    double start = now(), tokens = run_to_end(s.engine), seconds = now() - start;
     if (!interrupted) put_object({{"workload", s.f.workload}, {"seconds", seconds},
         {"new_tokens", tokens}, {"tokens_per_s", tokens / seconds},
         {"preemptions", s.engine.preemptions}}, s.f.json);
@@ -1075,6 +1088,8 @@ void bench(const Flags& f) {
     int longest = std::max(std::ranges::max(f.pp) + 1, std::ranges::max(f.tg) + 17);
     if (longest > s.engine.context)
         fail("bench: ", longest, " tokens do not fit into the context of ", s.engine.context);
+    Workload workload;
+    if (!f.workload.empty()) workload = read_workload(f.workload, s.engine.context);
     auto [bandwidth, peak] = s.engine.device->limits();
     double bytes = double(s.model.weights.bytes);
     put_object({{"device", s.engine.device->name}, {"threads", f.threads},
@@ -1097,7 +1112,7 @@ void bench(const Flags& f) {
         else put(str(std::left, std::setw(14), test, std::fixed, std::setprecision(1), rate[2],
             " tokens/s (", rate[1], " to ", rate[3], "), ", of_limit * 100, "% of ", limit, "\n"));
     };
-    if (!f.workload.empty()) return bench_workload(s);
+    if (!workload.empty()) return bench_workload(s, workload);
     for (int pp : f.pp) row(str("pp", pp), 1, pp, 0);
     for (int tg : f.tg)
         for (int rows : f.rows) row(str("tg", tg, " x ", rows), rows, 16, tg);

@@ -100,13 +100,6 @@ NANOCU_BOTH inline uint64_t order_key(float logit, int id) {
     return uint64_t(bits) << 32 | uint32_t(~id);
 }
 
-inline int argmax(std::span<const float> logits) {
-    uint64_t best = 0;
-    for (int id = 0; id < int(logits.size()); id++)
-        best = std::max(best, order_key(logits[id], id));
-    return int(~uint32_t(best));
-}
-
 // The ids that are in prompt or output, with how often they are in output.
 inline std::unordered_map<int, int> count_ids(std::span<const int> prompt,
                                               std::span<const int> output) {
@@ -251,6 +244,11 @@ NANOCU_BOTH int draw_id(Team& team, const float* logits, int V, const Sampling& 
         if (draw < w) return id;
         draw -= w;
     }
+}
+
+inline int argmax(std::span<const float> logits) {
+    OneThread team;
+    return candidates(team, logits.data(), int(logits.size()), Sampling()).best;
 }
 
 inline int sample_id(std::span<const float> logits, const Sampling& s, int sample, int position) {

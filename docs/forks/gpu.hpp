@@ -902,6 +902,8 @@ public:
         bool decode = T == rows && int(step.draws.size()) == T && T <= kGraphRows && plain;
         int padded = !decode ? T : T <= 16 ? std::bit_ceil(unsigned(T)) : (T + 15) / 16 * 16;
         int draws = std::max(padded, int(step.draws.size()));
+        if (size_t(draws) > max_draws)
+            fail("GPU: ", draws, " samples at a time, room for ", max_draws, "; lower --samples");
         StepArrays host(slot.host, padded, draws);
         size_t bytes = fill(host, step, padded) - slot.host;
         check(cudaMemcpyAsync(slot.device, slot.host, bytes, cudaMemcpyHostToDevice, uploads),
