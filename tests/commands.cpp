@@ -5,12 +5,6 @@
 
 namespace {
 
-#ifdef __SANITIZE_ADDRESS__
-const bool kRealSpeed = false;  // the sanitizers' own work would be measured
-#else
-const bool kRealSpeed = true;
-#endif
-
 const string kLlama = kData + "models/llama3";  // has no tokenizer
 // Most runs take one thread: two would wait for each other where something else is running too.
 const string kOne = kDemo + " --threads 1 -t 0 ";
@@ -18,11 +12,6 @@ const string kPrompt =
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n";
 const string kAsk = "generate " + kOne + "-p '" + kPrompt + "' ";
 const string kAnswer = "The capital of France is Paris.";
-
-string binary() {
-    const char* name = getenv("NANOCU");
-    return name ? name : "./nanocu";
-}
 
 vector<string> lines_of(const string& text) {
     std::istringstream in(text);
@@ -209,7 +198,7 @@ TEST_CASE("a request that does not fit is refused at once, with the sizes") {
     folder.write("long", text);
     double start = now();
     check_refused("generate " + kDemo + " -f " + (folder / "long"), "8192");
-    if (kRealSpeed) CHECK(now() - start < 10);
+    if (!kSanitized) CHECK(now() - start < 10);
 }
 
 TEST_CASE("output that cannot be written is an error") {
@@ -417,8 +406,10 @@ TEST_CASE("info and bench print objects with --json, text without") {
         CAPTURE(bad);
         Ran r = nanocu("bench " + kLlama + " --json --workload " + (folder / "bad"));
         CHECK(r.exit == 1);
+        CHECK(r.out == "");
         CHECK(r.err.starts_with("nanocu: "));
     }
+    CHECK(nanocu("info " + kLlama + " --verbose").err.find("rows 64, chunk 512") != string::npos);
 }
 
 TEST_CASE("chat computes only what is new in each turn") {
@@ -503,7 +494,7 @@ TEST_CASE("the demo model's first token comes within 1 s of the start") {
         CHECK(nanocu("chat " + kDemo + " -p 'What is the capital of France?' -n 1").exit == 0);
         best = std::min(best, now() - start);
     }
-    if (kRealSpeed) CHECK(best < 1);
+    if (!kSanitized) CHECK(best < 1);
 }
 
 TEST_CASE("a hostile file ends in one line, not in a crash or a hang") {
@@ -547,7 +538,7 @@ TEST_CASE("a hostile file ends in one line, not in a crash or a hang") {
     for (int i = 0; i < 50'000; i++) many += str(", \"", i, "\"", tensor("[0]"));
     double start = now();
     tensors("{" + many.substr(1) + "}");
-    if (kRealSpeed) CHECK(now() - start < 5);
+    if (!kSanitized) CHECK(now() - start < 5);
 
     for (string single : {R"([{"Foo": {}}])", R"([{"SpecialToken": {}}])", R"(["$A"])"})
         refused("tokenizer.json", R"({"model": {"vocab": {"a": 0}, "merges": []}, "post_processor":

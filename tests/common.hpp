@@ -6,6 +6,12 @@
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kSanitized = true;  // about ten times slower, so time tells nothing
+#else
+inline constexpr bool kSanitized = false;
+#endif
+
 inline const std::string kData = "tests/data/";
 inline const std::string kDemo = "models/smollm2";
 inline const std::vector<std::string> kTiny = {"llama3", "qwen2", "qwen3"};
@@ -39,11 +45,12 @@ inline Ran shell(const std::string& command) {
             read_file(folder / "err")};
 }
 
-// Runs the binary under test (NANOCU, set by the Makefile).
-inline Ran nanocu(const std::string& arguments) {
-    const char* binary = getenv("NANOCU");
-    return shell(std::string(binary ? binary : "./nanocu") + " " + arguments);
+// The binary under test (NANOCU, set by the Makefile).
+inline std::string binary() {
+    const char* name = getenv("NANOCU");
+    return name ? name : "./nanocu";
 }
+inline Ran nanocu(const std::string& arguments) { return shell(binary() + " " + arguments); }
 
 // The message of what f throws; "" if it does not.
 template <class F>

@@ -4,12 +4,6 @@
 
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kSanitized = true;  // about ten times slower, so time tells nothing
-#else
-constexpr bool kSanitized = false;
-#endif
-
 // A tiny model gains nothing from threads, which only wait for each other where others are at work.
 struct OneThread {
     int before = omp_get_max_threads();
