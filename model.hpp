@@ -77,6 +77,11 @@ void with_json(const string& path, auto load, bool optional = false) {
     in_file(path, [&] { load(parse_json(text)); });
 }
 
+inline void need_folder(const string& folder) {
+    if (!std::filesystem::is_directory(folder))
+        fail(folder, ": no such folder; give one with config.json and model.safetensors");
+}
+
 // j[key], or fallback where it is missing or null.
 auto value_or(const json& j, const string& key, auto fallback) {
     return j.contains(key) && !j[key].is_null() ? j[key].get<decltype(fallback)>() : fallback;
@@ -165,8 +170,7 @@ inline void read_config(const json& j, Config& c) {
 }
 
 inline Config load_config(const string& folder) {
-    if (!std::filesystem::is_directory(folder))
-        fail(folder, ": no such folder; give one with config.json and model.safetensors");
+    need_folder(folder);
     Config c;
     auto add_eos = [&](const json& j) {
         for (const json& id : value_or(j, "eos_token_id", json())) c.eos.insert(id.get<int>());
@@ -525,6 +529,7 @@ struct Chat {
 
     // The template is chat_template.jinja, or chat_template in tokenizer_config.json.
     static Chat load(const string& folder) {
+        need_folder(folder);
         string text, bos, jinja = folder + "/chat_template.jinja";
         with_json(folder + "/tokenizer_config.json", [&](const json& j) {
             bos = Tokenizer::token_text(j, "bos_token");

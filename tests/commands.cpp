@@ -131,6 +131,7 @@ TEST_CASE("a wrong command line is one line on stderr, nothing on stdout, exit 1
     check_refused("", "subcommand");
     check_refused("sing", "");
     check_refused("info build", "config.json");
+    check_refused("chat build/nowhere -p hi", "no such folder");
     check_refused("bench " + kLlama + " --pp 0", "pp");
     check_refused("bench " + kLlama + " --json --pp 5000", "context");
 }
