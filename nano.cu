@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <csignal>
 #include <deque>
 #include <iostream>
@@ -457,7 +458,11 @@ public:
 
     size_t block_bytes() const override { return KvMemory::block_bytes(model.config); }
     size_t free_memory() const override { return physical_memory() / 4; }
-    void reserve(int blocks) override { kv.emplace(model.config, blocks); }
+    void reserve(int blocks) override {
+        if (blocks * block_bytes() > physical_memory())
+            fail("--kv-memory: more than this machine has; lower it");
+        kv.emplace(model.config, blocks);
+    }
     void wait(Step&) override {}
     std::pair<double, double> limits() override { return {read_bandwidth(), fma_peak()}; }
     void launch(Step& step) override {
@@ -551,13 +556,16 @@ struct EngineOptions {
 // The device that o.device names; auto: a GPU where there is one. Fills in what o leaves to it.
 std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int context) {
     int gpus = 0, ordinal = 0;
-    if (o.device.starts_with("cuda:")) ordinal = atoi(o.device.c_str() + 5);
-#ifdef __CUDACC__
-    if (o.device != "cpu") cudaGetDeviceCount(&gpus);
-#endif
-    bool wanted = o.device == "cuda" || o.device.starts_with("cuda:");
+    bool wanted = o.device == "cuda";
+    if (o.device.starts_with("cuda:")) {
+        const char *begin = &o.device[5], *end = begin + o.device.size() - 5;
+        wanted = std::from_chars(begin, end, ordinal).ptr == end && ordinal >= 0 && begin < end;
+    }
     if (!wanted && o.device != "cpu" && o.device != "auto")
         fail("--device ", o.device, ": not known; auto, cpu, cuda and cuda:1 are");
+#ifdef __CUDACC__
+    if (o.device != "cpu") gpus = cuda::count_gpus();
+#endif
     if (wanted && ordinal >= gpus)
         fail("--device ", o.device, ": no such GPU here, or no driver for it; use cpu");
     if (!o.max_rows) o.max_rows = gpus ? 256 : 64;
@@ -649,9 +657,7 @@ private:
         size_t block = device->block_bytes(), each = context / kBlockSize + 1;
         size_t blocks = std::min(device->free_memory() / block, each * options.max_rows);
         if (options.kv_memory) blocks = options.kv_memory / block;
-        if (options.kv_memory > physical_memory())
-            fail("--kv-memory: more than this machine has; lower it");
-        if (!blocks) fail("KV memory: no room for a block of ", block, " bytes; raise --kv-memory");
+        if (!blocks) fail("KV memory: no room for a block of ", block, " bytes; give --kv-memory");
         return int(std::min<size_t>(blocks, INT_MAX / kBlockSize));
     }
 
@@ -1104,13 +1110,17 @@ void bench(const Flags& f) {
         double embedding = 2.0 * c.vocab * c.hidden, flops = bytes - embedding * (c.tied ? 1 : 2);
         double read = bytes - (c.tied ? 0 : embedding);
         read += (prompt + tokens / 2.0) * rows * double(s.engine.device->token_bytes());
-        double of_limit = rate[2] / (tokens ? bandwidth / read * rows : peak / flops);
-        const char* limit = tokens ? "read bandwidth" : "FMA peak";
+        double done = tokens ? rate[2] / rows * read : rate[2] * flops;  // a second
+        double of_limit = done / (tokens ? bandwidth : peak);
+        const char* limit = tokens ? "read bandwidth" : "peak";
+        string unit = tokens ? "GB" : "GFLOP";
         if (interrupted) return;
         if (f.json) put_object({{"test", test}, {"rows", rows}, {"tokens_per_s", rate[2]},
-            {"least", rate[1]}, {"most", rate[3]}, {"of_limit", of_limit}, {"limit", limit}}, true);
+            {"least", rate[1]}, {"most", rate[3]}, {unit + "_per_s", done / 1e9},
+            {"of_limit", of_limit}, {"limit", limit}}, true);
         else put(str(std::left, std::setw(14), test, std::fixed, std::setprecision(1), rate[2],
-            " tokens/s (", rate[1], " to ", rate[3], "), ", of_limit * 100, "% of ", limit, "\n"));
+            " tokens/s (", rate[1], " to ", rate[3], "), ", done / 1e9, " ", unit, "/s, ",
+            of_limit * 100, "% of ", limit, "\n"));
     };
     if (!workload.empty()) return bench_workload(s, workload);
     for (int pp : f.pp) row(str("pp", pp), 1, pp, 0);

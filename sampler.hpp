@@ -141,7 +141,7 @@ struct Candidates {
     int V, best;
     double max, inverse;                // the logit of best; of the temperature
     uint64_t least_weight, least = 0;   // least: an order_key
-    const int* list = nullptr;          // some ids that hold all candidates; else all V
+    const int* list = nullptr;          // ids in order that hold all candidates; else all V
     int count = V;
 
     NANOCU_BOTH int id(int i) const { return list ? list[i] : i; }
@@ -153,6 +153,7 @@ struct Candidates {
 };
 
 struct OneThread {
+    static constexpr int lanes = 1;  // threads of neighbouring ranks that read side by side
     int rank = 0, size = 1;
     uint64_t bins[kBins];
 
@@ -161,7 +162,9 @@ struct OneThread {
         total = value;
         return 0;
     }
-    void narrow(Candidates&, uint64_t, int) {}  // thousands find a list for top-k here
+    uint64_t before_in_lanes(uint64_t value, uint64_t& total) { return before(value, total); }
+    void narrow(Candidates&, uint64_t, int) {}  // thousands find a list for top-k here,
+    bool cut_list(Candidates&, const auto&, const auto&) { return false; }  // and go on with it
     void clear() { std::fill(bins, bins + kBins, 0); }
     void add(int bin, uint64_t amount) { bins[bin] += amount; }
     template <class Need>
@@ -178,6 +181,7 @@ struct OneThread {
 // Raises c.least until the sum over the ids left, of what amount gives for each, just reaches need.
 template <class Team, class Amount, class Need>
 NANOCU_BOTH void cut(Team& team, Candidates& c, Amount amount, Need need_of) {
+    if (team.cut_list(c, amount, need_of)) return;
     uint64_t prefix = 0, need = 0;  // of the place in the order: the digits so far; still missing
     int digits_end = 64;
     while (digits_end > 0) {
@@ -230,19 +234,26 @@ NANOCU_BOTH int draw_id(Team& team, const float* logits, int V, const Sampling& 
                         int position) {
     Candidates c = candidates(team, logits, V, s);
     if (s.temperature == 0) return team.rank ? -1 : c.best;
-    uint64_t sum = 0, total;
-    int each = (V + team.size - 1) / team.size, id = team.rank * each, end = id + each;
-    for (int i = id; i < end && i < V; i++) sum += c.weight(i);
-    uint64_t before = team.before(sum, total);
+    // every group of lanes has a range, in which its lanes take turns
+    constexpr int lanes = Team::lanes;
+    int groups = team.size / lanes, lane = team.rank % lanes;
+    int each = (c.count + groups - 1) / groups;
+    int begin = team.rank / lanes * each, end = begin + each < c.count ? begin + each : c.count;
+    uint64_t sum = 0, of_group, total;
+    NANOCU_UNROLL
+    for (int i = begin + lane; i < end; i += lanes) sum += c.weight(c.id(i));
+    uint64_t before = team.before(sum, total) - team.before_in_lanes(sum, of_group);
     if (total == 0) return team.rank ? -1 : c.best;  // the logits are not numbers
     // uniform in 0 .. total - 1; the id where it falls among the weights in the order of ids
     uint64_t random = philox(s.seed, uint32_t(sample), uint32_t(position));
     auto draw = uint64_t((unsigned __int128)random * total >> 64);
-    if (draw < before || draw >= before + sum) return -1;
-    for (draw -= before;; id++) {
-        uint64_t w = c.weight(id);
-        if (draw < w) return id;
-        draw -= w;
+    if (draw < before || draw >= before + of_group) return -1;
+    draw -= before;
+    for (int i = begin + lane;; i += lanes) {
+        uint64_t weight = i < end ? c.weight(c.id(i)) : 0, here;
+        uint64_t low = team.before_in_lanes(weight, here);
+        if (draw < here) return draw >= low && draw < low + weight ? c.id(i) : -1;
+        draw -= here;
     }
 }
 

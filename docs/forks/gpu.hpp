@@ -2,7 +2,7 @@
 // of our own. Weights, keys and values in bf16, the residual stream and all sums in float.
 //
 // nano.cu includes this chapter where nvcc builds it, behind the ops on the CPU and before the
-// engine; it is kept here until it fits into the budget of lines of the four sources.
+// engine; it is kept here because it does not fit into the four sources' budget of lines.
 // In reading order: what kernels see of a step, the small kernels, attention of new tokens
 // (decode_attend) and of prompts (prefill_attend), the draw, CudaDevice.
 #pragma once
@@ -20,11 +20,23 @@ constexpr int kGraphRows = 256;   // most rows of a captured step, and of logits
 constexpr int kDecodeWarps = 4;   // of a block of decode_attend
 constexpr int kMaxSplits = 32;    // blocks that share a context in decode_attend
 constexpr int kTileRows = 128;    // (token, query head) pairs in a block of prefill_attend
-constexpr int kTileKeys = 64;     // keys it looks at at a time
+constexpr int kRotateThreads = 128;
 constexpr int kMaxGroup = 8;      // query heads of a kv head
 
 void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) fail("CUDA: ", what, ": ", cudaGetErrorString(error));
+}
+
+// GPUs in this machine; a driver too old for this build is an error.
+int count_gpus() {
+    int gpus = 0, driver = 0;
+    cudaError_t error = cudaGetDeviceCount(&gpus);
+    cudaDriverGetVersion(&driver);  // 0: there is none
+    if (error == cudaErrorInsufficientDriver && driver > 0)
+        fail("GPU: its driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10,
+             ", this build needs ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10,
+             "; update the driver, or use --device cpu");
+    return error == cudaSuccess ? gpus : 0;
 }
 
 // Sizes, as kernels take them.
@@ -35,10 +47,15 @@ struct Shape {
         : hidden(c.hidden), heads(c.heads), kv_heads(c.kv_heads), head_dim(c.head_dim),
           intermediate(c.intermediate), vocab(c.vocab), layers(c.layers), norm_eps(c.norm_eps) {}
 
-    // Where a block has the keys [16, HD] of a head; its values [HD, 16] are value_offset behind.
+    // Where a block has the keys of a head; its values are value_offset behind. Such a page is made
+    // of the 8x8 matrices that tensor cores take, [2, HD / 8, 8 tokens, 8 components]: they read
+    // them just as they lie, and one copy brings a page into shared memory.
     __host__ __device__ size_t page(int block, int layer, int head) const {
         size_t at = (size_t(block) * layers + layer) * 2 * kv_heads + head;
         return at * kBlockSize * head_dim;
+    }
+    __device__ int in_page(int slot, int d) const {
+        return (slot / 8 * (head_dim / 8) + d / 8) * 64 + slot % 8 * 8 + d % 8;
     }
     __host__ __device__ size_t value_offset() const {
         return size_t(kv_heads) * kBlockSize * head_dim;
@@ -91,13 +108,19 @@ __device__ void wait_for_previous() {
 #endif
 }
 
-// x [T, D] = the embeddings of the ids; those not known to the host are in drawn.
-__global__ void embed(StepArrays s, Shape c, const int* drawn, const b16* table, float* x) {
+// x [T, D] = the embeddings of the ids; those not known to the host are in drawn. angles [T, 2,
+// HD / 2] = cosines and sines of the positions' angles.
+__global__ void embed(StepArrays s, Shape c, const int* drawn, const b16* table,
+                      const float* inv_freq, float* x, float* angles) {
     wait_for_previous();
-    int id = s.ids[blockIdx.x], D = c.hidden;
+    int id = s.ids[blockIdx.x], D = c.hidden, half = c.head_dim / 2;
     if (id < 0) id = drawn[-1 - id];
     for (int i = threadIdx.x; i < D; i += blockDim.x)
         x[size_t(blockIdx.x) * D + i] = float(table[size_t(id) * D + i]);
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        float* to = angles + size_t(blockIdx.x) * 2 * half + i;
+        sincosf(float(s.positions[blockIdx.x]) * inv_freq[i], to + half, to);
+    }
 }
 
 // out [blocks, D] = RMS norm of x; rows: which ones, or null for all.
@@ -125,53 +148,65 @@ __global__ void norm(Shape c, const float* x, const int* rows, const float* weig
     }
 }
 
-// Bias, norm (Qwen3) and RoPE of every head of qkv, a warp each; keys and values go to their slots.
+__device__ unsigned pack(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *(unsigned*)&both;
+}
+
+__device__ void load8(const float* from, float to[8]) {
+    *(float4*)to = *(const float4*)from;
+    *(float4*)(to + 4) = *(const float4*)(from + 4);
+}
+
+// Bias, norm (Qwen3) and RoPE of every head of qkv, some lanes each; keys and values go to their
+// slots. A block takes one token, or with gridDim.y a part of its heads.
 template <int HD>
-__global__ void rotate(StepArrays s, Shape c, int layer, const float* bias, const float* q_norm,
-                       const float* k_norm, const float* inv_freq, b16* qkv, b16* kv) {
+__global__ void __launch_bounds__(kRotateThreads)
+rotate(StepArrays s, Shape c, int layer, const float* bias, const float* q_norm,
+       const float* k_norm, const float* angles, b16* qkv, b16* kv) {
     wait_for_previous();
-    int t = blockIdx.x, lane = threadIdx.x % 32, head = blockIdx.y * 4 + threadIdx.x / 32;
-    int H = c.heads, KV = c.kv_heads;
-    if (t >= s.header->rows || head >= H + 2 * KV) return;
-    b16* vector = qkv + size_t(t) * c.qkv() + head * HD;
-    float v[HD / 32];  // components lane, lane + 32, ...
-    for (int i = 0; i < HD / 32; i++) {
-        v[i] = float(vector[lane + 32 * i]);
-        if (bias) v[i] += bias[head * HD + lane + 32 * i];
-    }
+    constexpr int kLanes = HD / 16;  // of a head: 8 components of either half of it are a lane's
+    int t = blockIdx.x, thread = blockIdx.y * kRotateThreads + threadIdx.x;
+    int first = thread % kLanes * 8, H = c.heads, KV = c.kv_heads;
+    if (t >= s.header->rows) return;
+    float cosine[8], sine[8];
+    load8(angles + size_t(t) * HD + first, cosine);
+    load8(angles + size_t(t) * HD + HD / 2 + first, sine);
     int position = s.positions[t], slot = position % kBlockSize;
-    if (head < H + KV) {
-        const float* weight = head < H ? q_norm : k_norm;
-        if (weight) {
-            float sum = 0;
-            for (float x : v) sum += x * x;
-            float factor = rsqrtf(sum_of_warp(sum) / HD + c.norm_eps);
-            for (int i = 0; i < HD / 32; i++) v[i] *= factor * weight[lane + 32 * i];
-        }
-        for (int i = 0; i < HD / 64; i++) {
-            float sine, cosine, first = v[i], second = v[i + HD / 64];
-            sincosf(float(position) * inv_freq[lane + 32 * i], &sine, &cosine);
-            v[i] = first * cosine - second * sine;
-            v[i + HD / 64] = second * cosine + first * sine;
-        }
-    }
     int block = s.tables[s.sequence[t] * s.header->table_width + position / kBlockSize];
-    // Of eight tokens whose values lie side by side, the first one's warp writes all.
-    int first = t - slot % 8, last = first + 7;
-    bool together = first >= 0 && last < s.header->rows && s.sequence[first] == s.sequence[last];
-    b16* to = kv + (head < H ? 0 : c.page(block, layer, head - H));
-    for (int i = 0; i < HD / 32; i++) {
-        int d = lane + 32 * i;
-        if (head < H) vector[d] = b16(v[i]);
-        else if (head < H + KV) to[slot * HD + d] = b16(v[i]);
-        else if (!together) to[d * kBlockSize + slot] = b16(v[i]);
-        else if (t == first) {
-            b16 eight[8];
-            for (int j = 0; j < 8; j++) {
-                eight[j] = vector[size_t(j) * c.qkv() + d];
-                if (bias) eight[j] = b16(float(eight[j]) + bias[head * HD + d]);
-            }
-            *(uint4*)(to + d * kBlockSize + slot) = *(uint4*)eight;
+    for (int head = thread / kLanes; head < H + 2 * KV;
+         head += gridDim.y * kRotateThreads / kLanes) {
+        b16* vector = qkv + size_t(t) * c.qkv() + head * HD + first;
+        float v[2][8], f[8];
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint4 eight = *(const uint4*)(vector + i * HD / 2);
+            for (int j = 0; j < 8; j++) v[i][j] = float(((b16*)&eight)[j]);
+            if (!bias) continue;
+            load8(bias + head * HD + i * HD / 2 + first, f);
+            for (int j = 0; j < 8; j++) v[i][j] += f[j];
+        }
+        const float* weight = head < H ? q_norm : head < H + KV ? k_norm : nullptr;
+        float sum = 0;
+        for (int j = 0; j < 8; j++) sum += v[0][j] * v[0][j] + v[1][j] * v[1][j];
+        for (int n = 1; n < kLanes; n *= 2) sum += __shfl_xor_sync(~0u, sum, n);
+        float factor = rsqrtf(sum / HD + c.norm_eps);
+        #pragma unroll
+        for (int i = 0; i < 2 && weight; i++) {
+            load8(weight + i * HD / 2 + first, f);
+            for (int j = 0; j < 8; j++) v[i][j] *= factor * f[j];
+        }
+        for (int j = 0; j < 8 && head < H + KV; j++) {
+            float x = v[0][j], y = v[1][j];
+            v[0][j] = x * cosine[j] - y * sine[j];
+            v[1][j] = y * cosine[j] + x * sine[j];
+        }
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            b16* to = head < H ? vector + i * HD / 2
+                    : kv + c.page(block, layer, head - H) + c.in_page(slot, first + i * HD / 2);
+            *(uint4*)to = {pack(v[i][0], v[i][1]), pack(v[i][2], v[i][3]),
+                           pack(v[i][4], v[i][5]), pack(v[i][6], v[i][7])};
         }
     }
 }
@@ -199,11 +234,6 @@ __device__ void mma(float sum[4], unsigned a0, unsigned a1, unsigned a2, unsigne
         " {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ unsigned pack(float low, float high) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *(unsigned*)&both;
 }
 
 __device__ unsigned transpose(unsigned m) {  // of 8x8 numbers, two a lane
@@ -286,14 +316,33 @@ few_rows(Shape c, int T, int N, int K, const b16* w, const b16* in, const float*
     if (into == Into::logits) ((float*)out)[at] = value;
 }
 
+// Of one component: the sum of values, weighted by exp2(score - top), and the sum of the weights.
+struct Attended {
+    float top, sum, out;
+};
+
+// All parts as one.
+template <class Part>
+__device__ Attended merge(int count, Part part) {
+    Attended all = {-1e30f, 0, 0};
+    for (int i = 0; i < count; i++) all.top = fmaxf(all.top, part(i).top);
+    for (int i = 0; i < count; i++) {
+        Attended one = part(i);
+        float factor = exp2f(one.top - all.top);
+        all.sum += factor * one.sum;
+        all.out += factor * one.out;
+    }
+    return all;
+}
+
 // Attention of one new token a sequence: a block for each row, kv head and part of the context, its
 // warps taking turns at the 16-token blocks. Products are S^T = K Q^T and O^T = V^T P^T, so that
-// the up to 8 query heads of the kv head are the 8 columns of the mma, and keys and values go from
-// memory to registers as they lie there: a lane's 16 bytes of a key are four pairs of components in
-// an order that q shares, and tokens are numbered so that a lane's four of P are neighbours in V.
+// the up to 8 query heads of the kv head are the 8 columns of the mma, and keys go from memory
+// to registers as they lie there: a lane's 16 bytes of a key are four pairs of components in an
+// order that q shares. Of values it takes 8 components of 4 tokens and pairs up the tokens.
 template <int HD>
 __global__ void __launch_bounds__(kDecodeWarps * 32)
-decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, float* partial,
+decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, Attended* partial,
               int* tickets, b16* att) {
     wait_for_previous();
     if (int(blockIdx.x) >= s.header->decodes) return;
@@ -309,29 +358,31 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, f
         q[j] = *(const uint4*)(qkv + size_t(row) * c.qkv() + (head * G + g) * HD + 32 * j + 8 * t);
     const float scale = rsqrtf(HD) * 1.44269504f;  // for exp2
     float o[HD / 16][4] = {}, top[2] = {-1e30f, -1e30f}, sum[2] = {};  // of heads 2t, 2t + 1
-    int token = g / 2 * 4 + g % 2;
+    int token = g / 2 + g % 2 * 4;  // of row g of S^T; row g + 8 is 8 further
     for (int b = first + warp; b < last; b += kDecodeWarps) {
-        const b16* k = kv + c.page(table[b], layer, head) + token * HD + 8 * t;
-        const b16* v = kv + c.page(table[b], layer, head) + c.value_offset() + g * 16 + 4 * t;
-        uint4 k0[HD / 32], k1[HD / 32];
-        uint2 v0[HD / 16], v1[HD / 16];
+        const b16* page = kv + c.page(table[b], layer, head);
+        const b16 *k = page + t * 64 + token * 8, *v = page + c.value_offset() + g * 64 + t * 8;
+        uint4 k0[HD / 32], k1[HD / 32], v4[HD / 64][4];  // v4: of tokens t, t + 4, t + 8, t + 12
         #pragma unroll
         for (int j = 0; j < HD / 32; j++) {
-            k0[j] = *(const uint4*)(k + 32 * j);
-            k1[j] = *(const uint4*)(k + 32 * j + 2 * HD);
+            k0[j] = *(const uint4*)(k + 256 * j);
+            k1[j] = *(const uint4*)(k + 256 * j + 8 * HD);
         }
         #pragma unroll
-        for (int i = 0; i < HD / 16; i++) {
-            v0[i] = *(const uint2*)(v + 256 * i);
-            v1[i] = *(const uint2*)(v + 256 * i + 128);
-        }
+        for (int i = 0; i < HD / 64; i++)
+            for (int j = 0; j < 4; j++)
+                v4[i][j] = *(const uint4*)(v + 512 * i + j % 2 * 32 + j / 2 * 8 * HD);
+        auto values = [&](int i, int j) {  // component i of two tokens
+            unsigned low = (&v4[i / 8][j].x)[i % 8 / 2], high = (&v4[i / 8][j + 1].x)[i % 8 / 2];
+            return __byte_perm(low, high, i % 2 ? 0x7632 : 0x5410);
+        };
         float p[4] = {};
         #pragma unroll
         for (int j = 0; j < HD / 32; j++) {
             mma(p, k0[j].x, k1[j].x, k0[j].y, k1[j].y, q[j].x, q[j].y);
             mma(p, k0[j].z, k1[j].z, k0[j].w, k1[j].w, q[j].z, q[j].w);
         }
-        bool in0 = b * kBlockSize + token < n, in1 = b * kBlockSize + token + 2 < n;
+        bool in0 = b * kBlockSize + token < n, in1 = b * kBlockSize + token + 8 < n;
         #pragma unroll
         for (int e = 0; e < 2; e++) {
             float a = in0 ? p[e] * scale : -INFINITY, z = in1 ? p[e + 2] * scale : -INFINITY;
@@ -347,7 +398,9 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, f
         }
         unsigned p0 = transpose(pack(p[0], p[1])), p1 = transpose(pack(p[2], p[3]));
         #pragma unroll
-        for (int i = 0; i < HD / 16; i++) mma(o[i], v0[i].x, v1[i].x, v0[i].y, v1[i].y, p0, p1);
+        for (int i = 0; i < HD / 16; i++)
+            mma(o[i], values(i, 0), values(i + HD / 16, 0), values(i, 2), values(i + HD / 16, 2),
+                p0, p1);
     }
 
     // the warps' parts become one, then those of the blocks, in the block that comes last
@@ -357,96 +410,137 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, f
         for (int x = 4; x < 32; x *= 2) sum[e] += __shfl_xor_sync(~0u, sum[e], x);
         if (g == 0) tops[warp][2 * t + e] = top[e], sums[warp][2 * t + e] = sum[e];
         for (int i = 0; i < HD / 16; i++) {
-            outs[warp][2 * t + e][16 * i + g] = o[i][e];
-            outs[warp][2 * t + e][16 * i + g + 8] = o[i][e + 2];
+            outs[warp][2 * t + e][8 * g + i] = o[i][e];
+            outs[warp][2 * t + e][HD == 64 ? 8 * g + i + 4 : 8 * g + i + 64] = o[i][e + 2];
         }
     }
     __syncthreads();
     int splits = (blocks + each - 1) / each, unit = blockIdx.x * gridDim.y + head;
-    float* mine = partial + size_t(unit) * gridDim.z * G * (HD + 2);
+    Attended* parts = partial + size_t(unit) * gridDim.z * G * HD;  // [splits, G, HD]
+    b16* to = att + (size_t(row) * c.heads + head * G) * HD;
     for (int i = threadIdx.x; i < G * HD; i += blockDim.x) {
-        int h = i / HD, d = i % HD;
-        float m = -1e30f, l = 0, out = 0;
-        for (int w = 0; w < kDecodeWarps; w++) m = fmaxf(m, tops[w][h]);
-        for (int w = 0; w < kDecodeWarps; w++) {
-            float factor = exp2f(tops[w][h] - m);
-            l += factor * sums[w][h];
-            out += factor * outs[w][h][d];
-        }
-        float* part = mine + (blockIdx.z * G + h) * (HD + 2);
-        if (splits == 1) att[(size_t(row) * c.heads + head * G + h) * HD + d] = b16(out / l);
-        else part[d] = out, part[HD] = m, part[HD + 1] = l;
+        Attended all = merge(kDecodeWarps, [&](int w) {
+            return Attended{tops[w][i / HD], sums[w][i / HD], outs[w][i / HD][i % HD]};
+        });
+        if (splits == 1) to[i] = b16(all.out / all.sum);
+        else parts[blockIdx.z * G * HD + i] = all;
     }
     if (splits == 1 || !comes_last(&tickets[unit], splits)) return;
     for (int i = threadIdx.x; i < G * HD; i += blockDim.x) {
-        int h = i / HD, d = i % HD;
-        float m = -1e30f, l = 0, out = 0;
-        for (int z = 0; z < splits; z++) m = fmaxf(m, mine[(z * G + h) * (HD + 2) + HD]);
-        for (int z = 0; z < splits; z++) {
-            const float* part = mine + (z * G + h) * (HD + 2);
-            float factor = exp2f(part[HD] - m);
-            l += factor * part[HD + 1];
-            out += factor * part[d];
-        }
-        att[(size_t(row) * c.heads + head * G + h) * HD + d] = b16(out / l);
+        Attended all = merge(splits, [&](int z) { return parts[z * G * HD + i]; });
+        to[i] = b16(all.out / all.sum);
     }
 }
 
-__device__ void copy16(void* shared, const void* global) {  // 16 bytes, not waiting for them
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     unsigned(__cvta_generic_to_shared(shared))), "l"(global));
+__device__ unsigned shared_address(const void* shared) {
+    return unsigned(__cvta_generic_to_shared(shared));
 }
 
-// Four 8x8 matrices; lane 8 i + j gives the address of row j of matrix i.
-__device__ uint4 load_matrices(const void* shared) {
+// A barrier in shared memory (mbarrier). A use of it ends when so many have arrived as init said,
+// and all bytes that were announced have come; the parity of its uses is 0, 1, 0, ...
+struct Barrier {
+    uint64_t word;
+
+    __device__ void init(int count) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&word)), "r"(count));
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.proxy.async;" ::: "memory");  // the copy engine uses it, too
+#endif
+    }
+    __device__ void arrive() {
+        asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(
+                         shared_address(&word)) : "memory");
+    }
+    __device__ void wait(int parity) {
+        for (unsigned done = 0; !done;)
+#if __CUDA_ARCH__ >= 900
+            asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
+#else
+            asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+#endif
+                         " selp.u32 %0, 1, 0, p; }" : "=r"(done)
+                         : "r"(shared_address(&word)), "r"(parity) : "memory");
+    }
+};
+
+// Brings pages [kPage], j -> page(j), into shared memory, by one warp; full is told when they are
+// there. On Hopper the copy engine does it, elsewhere the lanes fetch 16 bytes each.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int kFetchers = 1;  // arrivals at full
+template <int kPage>
+__device__ void fetch_pages(int count, auto page, b16* to, Barrier& full) {
+    int lane = threadIdx.x % 32, bytes = kPage * sizeof(b16);
+    if (lane == 0)
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(
+                         shared_address(&full)), "r"(count * bytes) : "memory");
+    __syncwarp();
+    for (int j = lane; j < count; j += 32)
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     " [%0], [%1], %2, [%3];" ::"r"(shared_address(to + j * kPage)), "l"(page(j)),
+                     "r"(bytes), "r"(shared_address(&full)) : "memory");
+}
+#else
+constexpr int kFetchers = 32;
+template <int kPage>
+__device__ void fetch_pages(int count, auto page, b16* to, Barrier& full) {
+    for (int j = 0; j < count; j++) {
+        const b16* from = page(j);
+        for (int i = threadIdx.x % 32 * 8; i < kPage; i += 256)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                             shared_address(to + j * kPage + i)), "l"(from + i));
+    }
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full))
+                 : "memory");
+}
+#endif
+
+// Four 8x8 matrices that lie one after the other, each transposed if so.
+template <bool kTransposed>
+__device__ uint4 load_matrices(const b16* shared) {
     uint4 m;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
-                 : "r"(unsigned(__cvta_generic_to_shared(shared))) : "memory");
+    unsigned at = shared_address(shared + threadIdx.x % 32 * 8);
+    if (kTransposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w) : "r"(at) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w) : "r"(at) : "memory");
     return m;
 }
 
-// sum [64, N] += a [64, 16] b [16, N] by the four warps of a warpgroup (Hopper): a in registers, 16
-// rows a warp, as for mma; b in shared memory, where a row holds 64 numbers of one column in eight
-// 16-byte parts, part p of row r at p ^ r % 8. The sums are there when wgmma_wait returns.
-template <int N>
-__device__ void wgmma(float (*sum)[4], const unsigned a[4], const b16* shared) {
+// sum [64, N] = (with add: +=) a [64, 16] b [16, N] by the four warps of a warpgroup (Hopper): a in
+// registers, 16 rows a warp, as for mma; b in shared memory, made of 8x8 matrices along_k and
+// along_n bytes apart, in which neighbours follow k, or n if kTransposed. The sums are there when
+// wgmma_wait returns.
+template <int N, bool kTransposed>
+__device__ void wgmma(float (*sum)[4], const unsigned a[4], const b16* shared, int along_k,
+                      int along_n, bool add) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     float* s = sum[0];
-    uint64_t b = uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | 1 << 16 |
-                 (unsigned(__cvta_generic_to_shared(shared)) & 0x3FFFF) >> 4;
-    if constexpr (N == 64) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+    uint64_t b = uint64_t(along_n >> 4) << 32 |
+                 uint64_t(along_k >> 4) << 16 |
+                 (shared_address(shared) & 0x3FFFF) >> 4;
+#define NANOCU_8(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), \
+                    "+f"(s[i + 5]), "+f"(s[i + 6]), "+f"(s[i + 7])
+#define NANOCU_IN "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), \
+                  "n"(int(kTransposed))
+    if constexpr (N == 64)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0;"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-            "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-            : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]), "+f"(s[4]), "+f"(s[5]),
-              "+f"(s[6]), "+f"(s[7]), "+f"(s[8]), "+f"(s[9]), "+f"(s[10]), "+f"(s[11]),
-              "+f"(s[12]), "+f"(s[13]), "+f"(s[14]), "+f"(s[15]), "+f"(s[16]), "+f"(s[17]),
-              "+f"(s[18]), "+f"(s[19]), "+f"(s[20]), "+f"(s[21]), "+f"(s[22]), "+f"(s[23]),
-              "+f"(s[24]), "+f"(s[25]), "+f"(s[26]), "+f"(s[27]), "+f"(s[28]), "+f"(s[29]),
-              "+f"(s[30]), "+f"(s[31])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    } else {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "{%32, %33, %34, %35}, %36, p, 1, 1, %38; }"
+            : NANOCU_8(0), NANOCU_8(8), NANOCU_8(16), NANOCU_8(24) : NANOCU_IN);
+    else
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0;"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
             "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-            "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-            : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]), "+f"(s[4]), "+f"(s[5]),
-              "+f"(s[6]), "+f"(s[7]), "+f"(s[8]), "+f"(s[9]), "+f"(s[10]), "+f"(s[11]),
-              "+f"(s[12]), "+f"(s[13]), "+f"(s[14]), "+f"(s[15]), "+f"(s[16]), "+f"(s[17]),
-              "+f"(s[18]), "+f"(s[19]), "+f"(s[20]), "+f"(s[21]), "+f"(s[22]), "+f"(s[23]),
-              "+f"(s[24]), "+f"(s[25]), "+f"(s[26]), "+f"(s[27]), "+f"(s[28]), "+f"(s[29]),
-              "+f"(s[30]), "+f"(s[31]), "+f"(s[32]), "+f"(s[33]), "+f"(s[34]), "+f"(s[35]),
-              "+f"(s[36]), "+f"(s[37]), "+f"(s[38]), "+f"(s[39]), "+f"(s[40]), "+f"(s[41]),
-              "+f"(s[42]), "+f"(s[43]), "+f"(s[44]), "+f"(s[45]), "+f"(s[46]), "+f"(s[47]),
-              "+f"(s[48]), "+f"(s[49]), "+f"(s[50]), "+f"(s[51]), "+f"(s[52]), "+f"(s[53]),
-              "+f"(s[54]), "+f"(s[55]), "+f"(s[56]), "+f"(s[57]), "+f"(s[58]), "+f"(s[59]),
-              "+f"(s[60]), "+f"(s[61]), "+f"(s[62]), "+f"(s[63])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    }
+            "{%64, %65, %66, %67}, %68, p, 1, 1, %70; }"
+            : NANOCU_8(0), NANOCU_8(8), NANOCU_8(16), NANOCU_8(24), NANOCU_8(32), NANOCU_8(40),
+              NANOCU_8(48), NANOCU_8(56) : NANOCU_IN);
 #endif
 }
 
@@ -473,51 +567,157 @@ __device__ void wgmma_wait(float (&sum)[N][4]) {
 #endif
 }
 
+// Of a thread, for all warps of a warpgroup: gives registers back, or takes more.
+template <int kCount, bool kMore>
+__device__ void registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if (kMore) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+    else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+__device__ float exp2_fast(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
+// p [16, keys of a tile] += q k^T, or = ; ks: the keys' pages
+template <int HD, int kKeys>
+__device__ void score(float (&p)[kKeys / 8][4], const unsigned (&q)[HD / 16][4], const b16* ks) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    wgmma_begin(p);
+    #pragma unroll
+    for (int i = 0; i < HD / 16; i++)
+        wgmma<kKeys, false>(p, q[i], ks + i * 128, 128, 16 * HD, i > 0);
+    wgmma_commit();
+#else
+    for (auto& four : p) for (float& x : four) x = 0;
+    #pragma unroll
+    for (int n = 0; n < kKeys / 8; n++)
+        #pragma unroll
+        for (int i = 0; i < HD / 16; i += 2) {
+            uint4 k = load_matrices<false>(ks + n * 8 * HD + i * 128);
+            mma(p[n], q[i][0], q[i][1], q[i][2], q[i][3], k.x, k.y);
+            mma(p[n], q[i + 1][0], q[i + 1][1], q[i + 1][2], q[i + 1][3], k.z, k.w);
+        }
+#endif
+}
+
+// o [16, HD] += p v; vs: the values' pages
+template <int HD, int kKeys>
+__device__ void add_values(float (&o)[HD / 8][4], const unsigned (&p)[kKeys / 16][4],
+                           const b16* vs) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    wgmma_begin(o);
+    #pragma unroll
+    for (int i = 0; i < kKeys / 16; i++)
+        wgmma<HD, true>(o, p[i], vs + i * kBlockSize * HD, 16 * HD, 128, true);
+    wgmma_commit();
+#else
+    #pragma unroll
+    for (int i = 0; i < kKeys / 16; i++)
+        #pragma unroll
+        for (int n = 0; n < HD / 8; n += 4) {
+            uint4 low = load_matrices<true>(vs + i * kBlockSize * HD + n * 64);
+            uint4 high = load_matrices<true>(vs + i * kBlockSize * HD + n * 64 + 8 * HD);
+            for (int j = 0; j < 4; j++)
+                mma(o[n + j], p[i][0], p[i][1], p[i][2], p[i][3], (&low.x)[j], (&high.x)[j]);
+        }
+#endif
+}
+
+template <int kKeys>
+__device__ void pack_scores(const float (&p)[kKeys / 8][4], unsigned (&a)[kKeys / 16][4]) {
+    #pragma unroll
+    for (int n = 0; n < kKeys / 8; n++)
+        #pragma unroll
+        for (int r = 0; r < 2; r++)
+            a[n / 2][n % 2 * 2 + r] = pack(p[n][2 * r], p[n][2 * r + 1]);
+}
+
+// What a thread knows of its rows g and g + 8: the largest score, sums of exponentials (in halves).
+struct Rows {
+    float top[2] = {-1e30f, -1e30f}, sum[4] = {}, factor[2];  // factor: for what was summed before
+};
+
+// p becomes exp(p - top); seen: how many keys, from 2t on, each of the two rows sees.
+template <int kKeys>
+__device__ void soften(float (&p)[kKeys / 8][4], Rows& rows, const int seen[2], bool masked,
+                       float scale) {
+    float m[4] = {rows.top[0], rows.top[0], rows.top[1], rows.top[1]};  // four chains at a time
+    if (masked)
+        #pragma unroll
+        for (int n = 0; n < kKeys / 8; n++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) if (n * 8 + e % 2 >= seen[e / 2]) p[n][e] = -INFINITY;
+    #pragma unroll
+    for (int n = 0; n < kKeys / 8; n++)
+        #pragma unroll
+        for (int e = 0; e < 4; e++) m[e] = fmaxf(m[e], p[n][e]);
+    #pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float most = fmaxf(m[2 * r], m[2 * r + 1]);
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        rows.factor[r] = exp2_fast((rows.top[r] - most) * scale);
+        rows.top[r] = most;
+        rows.sum[2 * r] *= rows.factor[r], rows.sum[2 * r + 1] *= rows.factor[r];
+    }
+    #pragma unroll
+    for (int n = 0; n < kKeys / 8; n++)
+        #pragma unroll
+        for (int e = 0; e < 4; e++)
+            rows.sum[e] += p[n][e] = exp2_fast(p[n][e] * scale - rows.top[e / 2] * scale);
+}
+
+// Keeps two tiles of keys and two of values on their way; page(i, kind): of keys (0) or values (1).
+template <int HD, int kKeys>
+__device__ void fetch_tiles(int tiles, auto page, b16* shared, Barrier (*full)[2],
+                            Barrier (*empty)[2]) {
+    constexpr int kPages = kKeys / kBlockSize;
+    for (int j = 0; j < tiles; j++)
+        for (int kind = 0; kind < 2; kind++) {
+            empty[kind][j % 2].wait(j / 2 % 2 ^ 1);
+            auto of_tile = [&](int i) { return page(j * kPages + i, kind); };
+            b16* to = shared + (2 * kind + j % 2) * kKeys * HD;
+            fetch_pages<kBlockSize * HD>(kPages, of_tile, to, full[kind][j % 2]);
+        }
+}
+
 // Attention of a chunk of a prompt (FlashAttention-2, Dao 2023): a block has kTileRows rows, each a
 // token with one of the query heads of a kv head, 16 rows a warp; it goes over the keys and values
-// of all tokens before in tiles of kTileKeys. While it works out the exponentials of one tile, the
-// tensor cores add up the values of the one before, and the tiles behind are on their way (the
-// order of FlashAttention-3, Shah et al. 2024).
-template <int HD>
-__global__ void __launch_bounds__(kTileRows * 2)
+// of all tokens before in tiles of kKeys, which a warp of its own fetches two tiles ahead. While
+// the others work out the exponentials of one tile, the tensor cores add up the values of the one
+// before (the order of FlashAttention-3, Shah et al. 2024).
+template <int HD, int kKeys>
+__global__ void __launch_bounds__(kTileRows * 3, 1)
 prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, b16* att) {
-    extern __shared__ __align__(1024) b16 shared[];
-    // keys [2, HD / 64, 64, 64], values [2, HD, 64], their 16-byte parts swizzled for wgmma
-    constexpr int kTile = kTileKeys * HD, kThreads = kTileRows * 2;
-    wait_for_previous();
-    if (int(blockIdx.x) >= s.header->tiles) return;
-    auto tile = s.tiles[blockIdx.x];
+    extern __shared__ __align__(128) b16 shared[];  // keys [2, kKeys, HD], values [2, kKeys, HD]
+    constexpr int kTile = kKeys * HD, kWarps = kTileRows / 16;
+    __shared__ Barrier full[2][2], empty[2][2];  // of keys, of values; two of each
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int head = blockIdx.y, G = c.heads / c.kv_heads, keys = tile.position + tile.tokens;
-    const int* table = s.tables + tile.sequence * s.header->table_width;
+    if (threadIdx.x < 4) {
+        full[0][threadIdx.x].init(kFetchers);
+        empty[0][threadIdx.x].init(kWarps);
+    }
+    __syncthreads();
+    wait_for_previous();
+    if (int(blockIdx.y) >= s.header->tiles) return;
+    auto tile = s.tiles[blockIdx.y];
+    int head = blockIdx.x, G = c.heads / c.kv_heads, keys = tile.position + tile.tokens;
+    const int tiles = (keys + kKeys - 1) / kKeys;
+    if (warp >= kWarps) {
+        registers<24, false>();
+        const int* table = s.tables + tile.sequence * s.header->table_width;
+        auto page = [&](int i, int kind) {
+            int block = table[min(i, (keys - 1) / kBlockSize)];
+            return kv + c.page(block, layer, head) + kind * c.value_offset();
+        };
+        if (warp == kWarps) fetch_tiles<HD, kKeys>(tiles, page, shared, full, empty);
+        return;
+    }
+    registers<240, true>();
 
-    const int tiles = (keys + kTileKeys - 1) / kTileKeys;
-    auto page = [&](int key) {
-        return kv + c.page(table[min(key, keys - 1) / kBlockSize], layer, head);
-    };
-    auto fetch_keys = [&](int j) {
-        b16* to = shared + j % 2 * kTile;
-        for (int i = threadIdx.x; i < kTile / 8 && j < tiles; i += kThreads) {
-            int key = i / (HD / 8), part = i % (HD / 8);
-            copy16(to + part / 8 * kTileKeys * 64 + key * 64 + (part % 8 ^ key % 8) * 8,
-                   page(j * kTileKeys + key) + key % kBlockSize * HD + part * 8);
-        }
-    };
-    auto fetch_values = [&](int j) {
-        b16* to = shared + (2 + j % 2) * kTile;
-        for (int i = threadIdx.x; i < kTile / 8 && j < tiles; i += kThreads) {
-            int d = i / 8, part = i % 8;
-            copy16(to + d * kTileKeys + (part ^ d % 8) * 8, page(j * kTileKeys + part * 8) +
-                   c.value_offset() + d * kBlockSize + part % 2 * 8);
-        }
-    };
-    auto arrived = [&] {  // all that was fetched, for all threads
-        asm volatile("cp.async.wait_all;" ::: "memory");
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what was copied
-#endif
-        __syncthreads();
-    };
     int position[2];
     unsigned q[HD / 16][4];
     for (int r = 0; r < 2; r++) {
@@ -530,109 +730,62 @@ prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, 
             q[i][r + 2] = *(const unsigned*)(from + 16 * i + 2 * t + 8);
         }
     }
-    const float scale = rsqrtf(HD) * 1.44269504f;
-    float o[HD / 8][4] = {}, top[2] = {-1e30f, -1e30f}, sum[2] = {};
-    auto begin_scores = [&](int j, float (&p)[kTileKeys / 8][4]) {
-        const b16* ks = shared + j % 2 * kTile;
-        for (auto& four : p) for (float& x : four) x = 0;
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-        wgmma_begin(p);
-        #pragma unroll
-        for (int i = 0; i < HD / 16; i++)
-            wgmma<kTileKeys>(p, q[i], ks + i / 4 * kTileKeys * 64 + i % 4 * 16);
-        wgmma_commit();
-#else
-        #pragma unroll
-        for (int n = 0; n < kTileKeys / 8; n++)
-            #pragma unroll
-            for (int i = 0; i < HD / 16; i += 2) {
-                uint4 k = load_matrices(ks + i / 4 * kTileKeys * 64 + (n * 8 + lane % 8) * 64 +
-                                        ((i % 4 * 2 + lane / 8) ^ lane % 8) * 8);
-                mma(p[n], q[i][0], q[i][1], q[i][2], q[i][3], k.x, k.y);
-                mma(p[n], q[i + 1][0], q[i + 1][1], q[i + 1][2], q[i + 1][3], k.z, k.w);
-            }
-#endif
+    const float scale = rsqrtf(HD) * 1.44269504f;  // for exp2
+    const int unmasked = tile.position + warp * 16 / G + 1;  // keys that all the warp's rows see
+    Rows rows;
+    float o[HD / 8][4] = {}, p[kKeys / 8][4];
+    unsigned a[kKeys / 16][4];
+    auto begin_scores = [&](int j) {
+        full[0][j % 2].wait(j / 2 % 2);
+        score<HD, kKeys>(p, q, shared + j % 2 * kTile);
     };
-    auto begin_values = [&](int j, const unsigned (&a)[kTileKeys / 16][4]) {  // o += p v
-        const b16* vs = shared + (2 + j % 2) * kTile;
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-        wgmma_begin(o);
-        #pragma unroll
-        for (int i = 0; i < kTileKeys / 16; i++) wgmma<HD>(o, a[i], vs + i * 16);
-        wgmma_commit();
-#else
-        #pragma unroll
-        for (int n = 0; n < kTileKeys / 16; n += 2)  // 32 keys
-            #pragma unroll
-            for (int i = 0; i < HD / 8; i++) {
-                uint4 v = load_matrices(vs + (i * 8 + lane % 8) * kTileKeys +
-                                        ((n * 2 + lane / 8) ^ lane % 8) * 8);
-                mma(o[i], a[n][0], a[n][1], a[n][2], a[n][3], v.x, v.y);
-                mma(o[i], a[n + 1][0], a[n + 1][1], a[n + 1][2], a[n + 1][3], v.z, v.w);
-            }
-#endif
+    auto begin_values = [&](int j) {
+        full[1][j % 2].wait(j / 2 % 2);
+        add_values<HD, kKeys>(o, a, shared + (2 + j % 2) * kTile);
     };
-    float p[kTileKeys / 8][4], factor[2];
-    unsigned a[kTileKeys / 16][4];
-    auto soften = [&](int j) {  // p becomes exp(scores - top)
-        bool masked = (j + 1) * kTileKeys > min(position[0], position[1]) + 1;
-        #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float m = top[r];
-            #pragma unroll
-            for (int n = 0; n < kTileKeys / 8; n++)
-                #pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; e++) {
-                    int key = j * kTileKeys + n * 8 + 2 * t + e % 2;
-                    p[n][e] = masked && key > position[r] ? -INFINITY : p[n][e] * scale;
-                    m = fmaxf(m, p[n][e]);
-                }
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-            factor[r] = exp2f(top[r] - m);
-            top[r] = m;
-            sum[r] *= factor[r];
-            #pragma unroll
-            for (int n = 0; n < kTileKeys / 8; n++)
-                #pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; e++) sum[r] += p[n][e] = exp2f(p[n][e] - m);
-        }
+    auto release = [&](int kind, int j) {
+        __syncwarp();
+        if (lane == 0) empty[kind][j % 2].arrive();
     };
-    auto pack_scores = [&] {
-        #pragma unroll
-        for (int n = 0; n < kTileKeys / 8; n++)
-            for (int r = 0; r < 2; r++)
-                a[n / 2][n % 2 * 2 + r] = pack(p[n][2 * r], p[n][2 * r + 1]);
+    auto weigh = [&](int j) {
+        release(0, j);
+        int first = j * kKeys + 2 * t, seen[2] = {position[0] + 1 - first, position[1] + 1 - first};
+        soften<kKeys>(p, rows, seen, (j + 1) * kKeys > unmasked, scale);
     };
-    fetch_keys(0);
-    arrived();
-    fetch_keys(1), fetch_values(0);
-    begin_scores(0, p);
+    begin_scores(0);
     wgmma_wait<0>(p);
-    soften(0);
-    pack_scores();
-    for (int j = 0; j < tiles; j++) {
-        arrived();
-        fetch_keys(j + 2), fetch_values(j + 1);
-        begin_scores(j + 1, p);  // behind the last tile: of old keys, and not used
-        begin_values(j, a);
+    weigh(0);
+    pack_scores<kKeys>(p, a);
+    // The two warpgroups take turns at the tensor cores, and at exponentials.
+    const int mine = 1 + warp / 4, other = 3 - mine;  // numbers of barriers
+    auto pass_on = [&] { asm volatile("bar.arrive %0, 256;" ::"r"(other) : "memory"); };
+    if (mine == 2 && tiles > 1) pass_on();
+    for (int j = 1; j < tiles; j++) {
+        asm volatile("bar.sync %0, 256;" ::"r"(mine) : "memory");
+        begin_scores(j);
+        begin_values(j - 1);
+        if (mine == 1 || j + 1 < tiles) pass_on();
         wgmma_wait<1>(p);
-        if (j + 1 < tiles) soften(j + 1);
-        else factor[0] = factor[1] = 1;
+        weigh(j);
         wgmma_wait<0>(o);
+        release(1, j - 1);
         #pragma unroll
         for (int i = 0; i < HD / 8; i++)
-            for (int e = 0; e < 4; e++) o[i][e] *= factor[e / 2];
-        pack_scores();
+            #pragma unroll
+            for (int e = 0; e < 4; e++) o[i][e] *= rows.factor[e / 2];
+        pack_scores<kKeys>(p, a);
     }
+    begin_values(tiles - 1);
+    wgmma_wait<0>(o);
     for (int r = 0; r < 2; r++) {
         int row = warp * 16 + g + 8 * r, token = row / G;
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+        float total = rows.sum[2 * r] + rows.sum[2 * r + 1];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
         if (token >= tile.tokens || row >= kTileRows / G * G) continue;
         b16* to = att + (size_t(tile.row + token) * c.heads + head * G + row % G) * HD + 2 * t;
         for (int i = 0; i < HD / 8; i++)
-            *(unsigned*)(to + 8 * i) = pack(o[i][2 * r] / sum[r], o[i][2 * r + 1] / sum[r]);
+            *(unsigned*)(to + 8 * i) = pack(o[i][2 * r] / total, o[i][2 * r + 1] / total);
     }
 }
 
@@ -663,16 +816,16 @@ __global__ void swiglu(Shape c, const b16* gate_up, b16* h) {
 // The draw: sampler.hpp's, by a team of blocks.
 constexpr int kDrawThreads = 512, kDrawBlocks = 8;
 
-// What the blocks of a team share: in global memory, zero before and after.
+// What the blocks of a team share: in global memory, count and bins zero before and after.
 struct DrawScratch {
-    unsigned long long parts[2][kDrawBlocks], bins[3][kBins];
-    float tops[kDrawBlocks * kDrawThreads];
-    int count, list[kDrawBlocks * kDrawThreads];
+    unsigned long long parts[3][kDrawBlocks], bins[3][kBins];
+    int count, list[kDrawThreads];
 };
 
-// The threads of a cluster of blocks. Its bins are each block's own, then summed in one of three
-// arrays: while one is summed, the one before may still be read, and the third is cleared.
+// The threads of a cluster of blocks, or of one block. Bins are each block's own, then summed in
+// one of three arrays: while one is summed, the one before may still be read, the third is cleared.
 struct Cluster {
+    static constexpr int lanes = 32;
     int rank, size, block, blocks, uses = 0, digits = 0;
     DrawScratch& scratch;
     unsigned long long* bins;  // of this block
@@ -689,23 +842,29 @@ struct Cluster {
         sync();
         __threadfence();
     }
-    // The sum of value over the threads of the block before this one; total: over all.
-    __device__ uint64_t before_in_block(uint64_t value, uint64_t& total) {
-        __shared__ uint64_t warps[kDrawThreads / 32];
-        uint64_t sum = value, before = 0;
+    // The sum of value over the lanes before this one; total: over all.
+    __device__ uint64_t before_in_lanes(uint64_t value, uint64_t& total) {
+        uint64_t sum = value;
         for (int n = 1; n < 32; n *= 2) {
             uint64_t other = __shfl_up_sync(~0u, sum, n);
             if (threadIdx.x % 32 >= n) sum += other;
         }
+        total = __shfl_sync(~0u, sum, 31);
+        return sum - value;
+    }
+    // The sum of value over the threads of the block before this one; total: over all.
+    __device__ uint64_t before_in_block(uint64_t value, uint64_t& total) {
+        __shared__ uint64_t warps[kDrawThreads / 32];
+        uint64_t of_warp, before = before_in_lanes(value, of_warp);
         __syncthreads();
-        if (threadIdx.x % 32 == 31) warps[threadIdx.x / 32] = sum;
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = of_warp;
         __syncthreads();
         total = 0;
         for (int i = 0; i < kDrawThreads / 32; i++) {
             if (i < threadIdx.x / 32) before += warps[i];
             total += warps[i];
         }
-        return before + sum - value;
+        return before;
     }
     // Puts value of the block's thread 0 where all blocks of the team see it.
     __device__ volatile unsigned long long* share(uint64_t value) {
@@ -714,17 +873,21 @@ struct Cluster {
         sync();
         return parts;
     }
-    __device__ uint64_t largest(uint64_t value) {
-        clear();
-        atomicMax(bins, value);
-        __syncthreads();
-        auto parts = share(bins[0]);
+    __device__ uint64_t largest_part(uint64_t value) {
+        auto parts = share(value);
         uint64_t most = 0;
         for (int b = 0; b < blocks; b++) most = max(most, uint64_t(parts[b]));
         return most;
     }
+    __device__ uint64_t largest(uint64_t value) {
+        clear();
+        atomicMax(bins, value);
+        __syncthreads();
+        return largest_part(bins[0]);
+    }
     __device__ uint64_t before(uint64_t value, uint64_t& total) {
         uint64_t before = before_in_block(value, total);
+        if (blocks == 1) return before;
         auto parts = share(total);
         total = 0;
         for (int b = 0; b < blocks; b++) {
@@ -734,23 +897,57 @@ struct Cluster {
         return before;
     }
     // The k largest of what is each thread's largest are k ids, so the k likeliest are among those
-    // that are as large as the last of these: seldom many more than k.
+    // that are as large as the last of these in any block: seldom many. The first block puts them
+    // into a list and goes on alone; to the others nothing is left.
     __device__ void narrow(Candidates& c, uint64_t largest, int k) {
-        if (k > size / 4) return;
-        scratch.tops[rank] = largest ? c.logits[~uint32_t(largest)] : -INFINITY;
-        sync_memory();
-        Candidates tops = {scratch.tops, size};
-        cut(*this, tops, [](int) { return 1; }, [&](uint64_t) { return uint64_t(k); });
-        c.least = tops.least >> 32 << 32;  // all the ids of that logit
+        if (k > kDrawThreads / 4) return;
+        uint32_t bound = 0, logit = uint32_t(largest >> 32);  // in the order of order_key
+        for (int bit = 31; bit >= 0; bit--)
+            if (__syncthreads_count(logit >= (bound | 1u << bit)) >= k) bound |= 1u << bit;
+        bound = uint32_t(largest_part(bound));
+        c.least = uint64_t(bound) << 32;
         NANOCU_UNROLL
-        for (int id = rank; id < c.V; id += size) {
+        for (int id = rank; id < c.V && logit >= bound; id += size) {
             if (order_key(c.logits[id], id) < c.least) continue;
             int at = atomicAdd(&scratch.count, 1);
-            if (at < size) scratch.list[at] = id;
+            if (at < kDrawThreads) scratch.list[at] = id;
         }
         sync_memory();
-        int count = *(volatile int*)&scratch.count;
-        if (count <= size) c.list = scratch.list, c.count = count;
+        int count = *(volatile int*)&scratch.count, mine = threadIdx.x, place = 0;
+        if (count > kDrawThreads) return;
+        __shared__ int ids[kDrawThreads], sorted[kDrawThreads];
+        if (mine < count) ids[mine] = scratch.list[mine];
+        __syncthreads();
+        for (int i = 0; i < count && mine < count; i++) place += ids[i] < ids[mine];
+        if (mine < count) sorted[place] = ids[mine];
+        __syncthreads();
+        c.list = sorted;
+        c.count = block == 0 ? count : 0;
+        blocks = 1, size = kDrawThreads;
+    }
+    // What cut does, on a list: each thread adds up what comes before its own id.
+    template <class Amount, class Need>
+    __device__ bool cut_list(Candidates& c, Amount amount, Need need_of) {
+        if (!c.list) return false;
+        __shared__ uint64_t keys[kDrawThreads], amounts[kDrawThreads], least;
+        int i = threadIdx.x;
+        uint64_t key = 0, before = 0, total = 0;
+        __syncthreads();
+        if (i < c.count) {
+            key = keys[i] = order_key(c.logits[c.list[i]], c.list[i]);
+            amounts[i] = key < c.least ? 0 : amount(c.list[i]);
+        }
+        if (i == 0) least = c.least;
+        __syncthreads();
+        for (int j = 0; j < c.count && i < c.count; j++) {
+            total += amounts[j];
+            if (keys[j] > key) before += amounts[j];
+        }
+        uint64_t need = need_of(total);
+        if (i < c.count && before < need && need <= before + amounts[i]) least = key;
+        __syncthreads();
+        c.least = least;
+        return true;
     }
     __device__ void clear() {
         __syncthreads();
@@ -760,17 +957,20 @@ struct Cluster {
     __device__ void add(int bin, uint64_t amount) { atomicAdd(&bins[bin], amount); }
     template <class Need>
     __device__ Found find(Need need_of) {
-        unsigned long long* sums = scratch.bins[digits % 3];
-        volatile unsigned long long* next = scratch.bins[++digits % 3];
+        volatile unsigned long long* sums = bins;
         __syncthreads();
-        for (int i = threadIdx.x; i < kBins; i += kDrawThreads)
-            if (bins[i]) atomicAdd(&sums[i], bins[i]);
-        for (int i = rank; i < kBins; i += size) next[i] = 0;
-        sync();
+        if (blocks > 1) {
+            sums = scratch.bins[digits % 3];
+            volatile unsigned long long* next = scratch.bins[++digits % 3];
+            for (int i = threadIdx.x; i < kBins; i += kDrawThreads)
+                if (bins[i]) atomicAdd((unsigned long long*)&sums[i], bins[i]);
+            for (int i = rank; i < kBins; i += size) next[i] = 0;
+            sync();
+        }
         constexpr int each = kBins / kDrawThreads;
         int top = kBins - 1 - each * int(threadIdx.x);  // this thread's highest bin
         uint64_t mine[each], sum = 0, total;
-        for (int i = 0; i < each; i++) sum += mine[i] = ((volatile uint64_t*)sums)[top - i];
+        for (int i = 0; i < each; i++) sum += mine[i] = sums[top - i];
         uint64_t before = before_in_block(sum, total), need = need_of(total);
         __shared__ Found found;
         if (threadIdx.x == 0) found = {kBins - 1, 0, 0};  // stays if the logits are not numbers
@@ -798,11 +998,12 @@ draw_ids(const DrawKey* keys, DrawScratch* scratch, const float* logits, int V, 
     const DrawKey& key = keys[draw];
     int id = draw_id(team, logits + size_t(key.row) * V, V, key.sampling, key.sample, key.position);
     if (id >= 0) drawn[draw] = host[draw] = id;
-    if (!team.digits) return;
+    if (key.sampling.temperature == 0) return;
+    team.blocks = blocks;
     team.sync();
     if (team.rank == 0) team.scratch.count = 0;
     for (auto& sums : team.scratch.bins)
-        for (int i = team.rank; i < kBins; i += team.size) sums[i] = 0;
+        for (int i = team.rank; i < kBins && team.digits; i += blocks * kDrawThreads) sums[i] = 0;
 }
 
 // Penalties, as apply_penalties: one thread for each (row, id, how often in output) of a list.
@@ -826,8 +1027,7 @@ class CudaDevice : public Device {
 public:
     // tokens: most in a step. rows: most sequences. graphs: whether decode steps are captured.
     CudaDevice(const Model& m, int ordinal, int tokens, int rows, bool graphs)
-        : model(m), c(m.config), graphs_on(graphs) {
-        overlaps = true;
+        : CudaDevice(m, ordinal, graphs) {  // from here on, what throws destroys what was made
         if (c.head_dim != 64 && c.head_dim != 128)
             fail("config.json: head_dim ", c.head_dim, " is not built for GPUs; use --device cpu");
         if (c.heads / c.kv_heads > kMaxGroup)
@@ -836,11 +1036,16 @@ public:
         check(cudaSetDevice(ordinal), "device");
         check(cudaGetDeviceProperties(&device, ordinal), "device");
         name = device.name;
+        if (device.major < 8)
+            fail("GPU: ", name, " is older than compute capability 8.0; use --device cpu");
         check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
         check(cudaStreamCreateWithFlags(&uploads, cudaStreamNonBlocking), "stream");
         if (cublasCreate(&blas)) fail("CUDA: cuBLAS does not start");
         cublasSetStream(blas, stream);
-        team = device.major >= 9 ? kDrawBlocks : 1;
+        cudaFuncAttributes code;  // what runs may be older than the GPU, compiled from PTX
+        check(cudaFuncGetAttributes(&code, draw_ids), "no code for this GPU in here");
+        bool hopper = code.ptxVersion >= 90;
+        team = hopper ? kDrawBlocks : 1;
         cublasSetWorkspace(blas, make<char>(kWorkspace), kWorkspace);
         load_weights();
         size_t T = std::max(tokens, kGraphRows);
@@ -848,35 +1053,42 @@ public:
         qkv = make<b16>(T * c.qkv()), att = make<b16>(T * c.heads * c.head_dim);
         gate_up = make<b16>(T * 2 * c.intermediate), h = make<b16>(T * c.intermediate);
         logits = make<float>(size_t(kGraphRows) * c.vocab);
-        inv_freq = to_device(m.config.inv_freq);
-        partial = make<float>(size_t(4 * kMaxBlocks) * kMaxGroup * (c.head_dim + 2));
+        inv_freq = to_device(m.config.inv_freq), angles = make<float>(T * c.head_dim);
+        partial = make<Attended>(size_t(4 * kMinBlocks) * kMaxGroup * c.head_dim);
         max_draws = std::max<size_t>(T, rows);
         drawn = make<int>(max_draws);
         tickets = make<int>(size_t(T) * c.kv_heads);
         scratch = make<DrawScratch>(kGraphRows);
-        check(cudaMemset(tickets, 0, T * c.kv_heads * sizeof(int)), "memory");
-        check(cudaMemset(scratch, 0, kGraphRows * sizeof(DrawScratch)), "memory");
+        check(cudaMemsetAsync(tickets, 0, T * c.kv_heads * sizeof(int), stream), "memory");
+        check(cudaMemsetAsync(scratch, 0, kGraphRows * sizeof(DrawScratch), stream), "memory");
         size_t width = m.config.context / kBlockSize + 1;
-        array_bytes = 64 + T * (sizeof(StepArrays::Tile) + 6 * sizeof(int)) +
+        size_t array_bytes = 64 + T * (sizeof(StepArrays::Tile) + 6 * sizeof(int)) +
                       max_draws * sizeof(DrawKey) + 256 + rows * width * sizeof(int);
         for (Slot& slot : slots) {
-            check(cudaMallocHost(&slot.host, array_bytes), "pinned memory");
-            check(cudaMallocHost(&slot.drawn, max_draws * sizeof(int)), "pinned memory");
             slot.device = make<char>(array_bytes);
+            check(cudaMallocHost(&slot.host, array_bytes), "pinned memory, lower --max-rows");
+            check(cudaMallocHost(&slot.drawn, max_draws * sizeof(int)), "pinned memory");
             check(cudaEventCreateWithFlags(&slot.uploaded, cudaEventDisableTiming), "event");
             check(cudaEventCreateWithFlags(&slot.done, cudaEventDisableTiming), "event");
         }
-        check(cudaFuncSetAttribute(c.head_dim == 64 ? prefill_attend<64> : prefill_attend<128>,
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(prefill_shared())), "prefill_attend");
+        prefill = hopper
+            ? c.head_dim == 64 ? prefill_attend<64, 128> : prefill_attend<128, 128>
+            : c.head_dim == 64 ? prefill_attend<64, 64> : prefill_attend<128, 64>;
+        prefill_shared = 4 * (hopper ? 128 : 64) * c.head_dim * sizeof(b16);
+        check(cudaFuncSetAttribute(prefill, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   int(prefill_shared)), "prefill_attend");
     }
     CudaDevice(const CudaDevice&) = delete;
     ~CudaDevice() override {
-        cudaStreamSynchronize(stream);
+        for (cudaStream_t s : {stream, uploads}) if (s) cudaStreamSynchronize(s);
         for (auto& [key, graph] : graphs) cudaGraphExecDestroy(graph);
-        for (Slot& slot : slots) cudaFreeHost(slot.host), cudaFreeHost(slot.drawn);
+        for (Slot& slot : slots) {
+            cudaFreeHost(slot.host), cudaFreeHost(slot.drawn);
+            for (cudaEvent_t e : {slot.uploaded, slot.done}) if (e) cudaEventDestroy(e);
+        }
         for (void* memory : owned) cudaFree(memory);
-        cublasDestroy(blas);
+        if (blas) cublasDestroy(blas);
+        for (cudaStream_t s : {stream, uploads}) if (s) cudaStreamDestroy(s);
     }
 
     size_t block_bytes() const override { return c.page(1, 0, 0) * sizeof(b16); }
@@ -888,41 +1100,29 @@ public:
     void reserve(int blocks) override {
         kv = make<b16>(blocks * c.page(1, 0, 0));
         kv_bytes = blocks * block_bytes();
-        check(cudaMemset(kv, 0, kv_bytes), "KV memory");  // 0 times a NaN is a NaN
+        check(cudaMemsetAsync(kv, 0, kv_bytes, stream), "KV memory");  // 0 times a NaN is a NaN
     }
 
     void launch(Step& step) override {
-        turn = !turn;
-        step.slot = turn;
-        Slot& slot = slots[turn];
         int T = step.tokens(), rows = int(step.tables.size()) / std::max(1, step.table_width);
         bool plain = std::ranges::none_of(step.draws, [](const Draw& d) {
             return d.logprobs >= 0 || d.sampling.has_penalties();
         });
         bool decode = T == rows && int(step.draws.size()) == T && T <= kGraphRows && plain;
         int padded = !decode ? T : T <= 16 ? std::bit_ceil(unsigned(T)) : (T + 15) / 16 * 16;
-        int draws = std::max(padded, int(step.draws.size()));
-        if (size_t(draws) > max_draws)
-            fail("GPU: ", draws, " samples at a time, room for ", max_draws, "; lower --samples");
-        StepArrays host(slot.host, padded, draws);
-        size_t bytes = fill(host, step, padded) - slot.host;
-        check(cudaMemcpyAsync(slot.device, slot.host, bytes, cudaMemcpyHostToDevice, uploads),
-              "upload");
-        check(cudaEventRecord(slot.uploaded, uploads), "upload");
-        check(cudaStreamWaitEvent(stream, slot.uploaded), "upload");
+        auto [s, decodes, tiles] = upload(step, padded);
         for (auto [from, to] : step.copies)
             check(cudaMemcpyAsync(kv + c.page(to, 0, 0), kv + c.page(from, 0, 0), block_bytes(),
                                   cudaMemcpyDeviceToDevice, stream), "copy of a block");
-        StepArrays s(slot.device, padded, draws);
         if (decode && graphs_on) {
             auto& graph = graphs[{padded, turn}];
             if (!graph) graph = capture(s, padded);
             check(cudaGraphLaunch(graph, stream), "graph");
         } else {
-            forward(s, T, host.header->decodes, host.header->tiles);
+            forward(s, T, decodes, tiles);
             sample_groups(s, step);
         }
-        check(cudaEventRecord(slot.done, stream), "step");
+        check(cudaEventRecord(slots[turn].done, stream), "step");
     }
 
     std::pair<double, double> limits() override {
@@ -953,14 +1153,17 @@ public:
             if (step.draws[i].id < 0) step.draws[i].id = slot.drawn[i];
     }
 
-private:
+protected:  // tests look at each op
     struct Slot {  // of a step; two take turns, since one may be filled while the other runs
         char *host = nullptr, *device = nullptr;
         int* drawn = nullptr;  // on the host, written by the device
-        cudaEvent_t uploaded, done;
+        cudaEvent_t uploaded = nullptr, done = nullptr;
     };
     static constexpr size_t kWorkspace = 64 << 20, kMargin = 1 << 30;
-    static constexpr int kMaxBlocks = 264;  // of decode_attend that its splits should make at least
+    static constexpr int kMinBlocks = 264;  // of decode_attend that its splits should make at least
+
+    CudaDevice(const Model& m, int ordinal, bool graphs)
+        : model(m), c(m.config), ordinal(ordinal), graphs_on(graphs) { overlaps = true; }
 
     // Launches a kernel. It may be set up while the one before it ends (PDL). cluster: of blocks.
     template <class... Parameters, class... Arguments>
@@ -980,10 +1183,12 @@ private:
     T* make(size_t count) {
         void* memory = nullptr;
         if (cudaMalloc(&memory, std::max<size_t>(count, 1) * sizeof(T)) != cudaSuccess) {
+            cudaGetLastError();  // it is told here, and not again
             size_t free = 0, total = 0;
             cudaMemGetInfo(&free, &total);
             fail("GPU: ", count * sizeof(T) >> 20, " MiB do not fit into the ", free >> 20,
-                 " MiB that are free; lower --kv-memory, --chunk, or take a smaller model");
+                 " MiB that are free; lower --kv-memory, --chunk or --max-rows, or take a smaller "
+                 "model");
         }
         owned.push_back(memory);
         return (T*)memory;
@@ -991,8 +1196,8 @@ private:
 
     float* to_device(const vector<float>& values) {
         float* to = make<float>(values.size());
-        check(cudaMemcpy(to, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice),
-              "upload");
+        check(cudaMemcpyAsync(to, values.data(), values.size() * sizeof(float),
+                              cudaMemcpyHostToDevice, stream), "upload");
         return to;
     }
 
@@ -1031,30 +1236,31 @@ private:
     // fast as the bus.
     void copy_pieces() {
         std::atomic<size_t> next = 0;
-        std::atomic<bool> failed = false;
+        std::atomic<cudaError_t> first_error = cudaSuccess;
         #pragma omp parallel num_threads(std::min(8, omp_get_max_threads()))
         {
             char* pinned[2] = {};
-            cudaEvent_t free[2];
-            bool ok = !cudaMallocHost(&pinned[0], 2 * kPiece);
+            cudaEvent_t free[2] = {};
+            cudaError_t error = cudaSuccess;
+            auto ok = [&](cudaError_t e) { return (error = e) == cudaSuccess; };
+            bool ready = ok(cudaSetDevice(ordinal)) && ok(cudaMallocHost(&pinned[0], 2 * kPiece)) &&
+                         ok(cudaEventCreate(&free[0])) && ok(cudaEventCreate(&free[1]));
             pinned[1] = pinned[0] + kPiece;
-            for (auto& event : free) ok &= !cudaEventCreate(&event);
-            for (size_t i, turn = 0; ok && (i = next++) < pieces.size(); turn = !turn) {
+            for (size_t i, turn = 0; ready && (i = next++) < pieces.size(); turn = !turn) {
                 const Piece& piece = pieces[i];
-                ok &= !cudaEventSynchronize(free[turn]);
+                ready = ok(cudaEventSynchronize(free[turn]));
                 memcpy(pinned[turn], piece.from, piece.bytes);
-                ok &= !cudaMemcpyAsync(piece.to, pinned[turn], piece.bytes, cudaMemcpyHostToDevice,
-                                       cudaStreamPerThread);
-                ok &= !cudaEventRecord(free[turn], cudaStreamPerThread);
+                ready = ready && ok(cudaMemcpyAsync(piece.to, pinned[turn], piece.bytes,
+                                                    cudaMemcpyHostToDevice, cudaStreamPerThread)) &&
+                        ok(cudaEventRecord(free[turn], cudaStreamPerThread));
             }
-            ok &= !cudaStreamSynchronize(cudaStreamPerThread);
+            if (ready) ok(cudaStreamSynchronize(cudaStreamPerThread));
             cudaFreeHost(pinned[0]);
-            for (auto& event : free) cudaEventDestroy(event);
-            if (!ok) failed = true;
+            for (auto& event : free) if (event) cudaEventDestroy(event);
+            if (error) first_error = error;
         }
         pieces.clear();
-        if (failed) fail("GPU: the weights could not be copied: ",
-                         cudaGetErrorString(cudaGetLastError()));
+        check(first_error, "the copy of the weights");
     }
 
     // Puts a step into the arrays; returns their end. padded: rows up to here do nothing.
@@ -1087,6 +1293,26 @@ private:
         return (char*)(to.tables + step.tables.size());
     }
 
+    // Puts a step where kernels see it; what there is for decode_attend and for prefill_attend.
+    struct Uploaded {
+        StepArrays arrays;
+        int decodes, tiles;
+    };
+    Uploaded upload(Step& step, int padded) {
+        step.slot = turn = !turn;
+        Slot& slot = slots[turn];
+        int draws = std::max(padded, int(step.draws.size()));
+        if (size_t(draws) > max_draws)
+            fail("GPU: ", draws, " samples at a time, room for ", max_draws, "; lower --samples");
+        StepArrays host(slot.host, padded, draws);
+        size_t bytes = fill(host, step, padded) - slot.host;
+        check(cudaMemcpyAsync(slot.device, slot.host, bytes, cudaMemcpyHostToDevice, uploads),
+              "upload");
+        check(cudaEventRecord(slot.uploaded, uploads), "upload");
+        check(cudaStreamWaitEvent(stream, slot.uploaded), "upload");
+        return {StepArrays(slot.device, padded, draws), host.header->decodes, host.header->tiles};
+    }
+
     // y [T, N] = x [T, K] w [N, K]^T, + y if add
     template <class Out>
     void gemm(const b16* x, const b16* w, Out* y, int T, int N, int K, bool add = false) {
@@ -1097,18 +1323,26 @@ private:
             fail("CUDA: cuBLAS refused a product");
     }
 
-    size_t prefill_shared() const { return size_t(4) * kTileKeys * c.head_dim * sizeof(b16); }
+    void look_up(const StepArrays& s, int T) {
+        run(embed, T, 128, 0, 1, s, c, drawn, embedding, inv_freq, x, angles);
+    }
+
+    void attend(const StepArrays& s, int layer, int T, int decodes, int tiles) {
+        if (c.head_dim == 64) attend_by<64>(s, layers[layer], layer, T, decodes, tiles);
+        else attend_by<128>(s, layers[layer], layer, T, decodes, tiles);
+    }
 
     template <int HD>
-    void attend(const StepArrays& s, const DeviceLayer& l, int layer, int T, int decodes,
-                int tiles) {
-        int heads = c.heads + 2 * c.kv_heads, units = decodes * c.kv_heads;
-        run(rotate<HD>, dim3(T, (heads + 3) / 4), 128, 0, 1, s, c, layer, l.bias, l.q_norm,
-            l.k_norm, inv_freq, qkv, kv);
-        if (tiles) run(prefill_attend<HD>, dim3(tiles, c.kv_heads), kTileRows * 2,
-                       prefill_shared(), 1, s, c, layer, qkv, kv, att);
+    void attend_by(const StepArrays& s, const DeviceLayer& l, int layer, int T, int decodes,
+                   int tiles) {
+        int units = decodes * c.kv_heads;
+        int parts = T > kGraphRows ? 1 : (c.qkv() / 16 + kRotateThreads - 1) / kRotateThreads;
+        run(rotate<HD>, dim3(T, parts), kRotateThreads, 0, 1, s, c, layer, l.bias, l.q_norm,
+            l.k_norm, angles, qkv, kv);
+        if (tiles) run(prefill, dim3(c.kv_heads, tiles), kTileRows * 3, prefill_shared, 1, s, c,
+                        layer, qkv, kv, att);
         if (!decodes) return;
-        int splits = std::clamp((kMaxBlocks + units - 1) / units, 1, kMaxSplits);
+        int splits = std::clamp((kMinBlocks + units - 1) / units, 1, kMaxSplits);
         run(decode_attend<HD>, dim3(decodes, c.kv_heads, splits), kDecodeWarps * 32, 0, 1, s, c,
             layer, qkv, kv, partial, tickets, att);
     }
@@ -1144,12 +1378,11 @@ private:
     }
 
     void forward(const StepArrays& s, int T, int decodes, int tiles) {
-        run(embed, T, 128, 0, 1, s, c, drawn, embedding, x);
+        look_up(s, T);
         for (int i = 0; i < c.layers; i++) {
             const DeviceLayer& l = layers[i];
             norm_linear<Into::values>(T, nullptr, l.attn_norm, l.qkv, c.qkv(), qkv);
-            if (c.head_dim == 64) attend<64>(s, l, i, T, decodes, tiles);
-            else attend<128>(s, l, i, T, decodes, tiles);
+            attend(s, i, T, decodes, tiles);
             add_linear(T, att, l.o, c.heads * c.head_dim);
             norm_swiglu(T, l);
             add_linear(T, h, l.down, c.intermediate);
@@ -1237,16 +1470,21 @@ private:
 
     const Model& model;
     const Shape c;
-    bool graphs_on, turn = false;
+    const int ordinal;
+    const bool graphs_on;
+    bool turn = false;
     int team;  // blocks that work on a draw
-    size_t max_draws = 0, array_bytes = 0, kv_bytes = 0;
-    cudaStream_t stream, uploads;
-    cublasHandle_t blas;
+    size_t max_draws = 0, kv_bytes = 0;
+    cudaStream_t stream = nullptr, uploads = nullptr;
+    cublasHandle_t blas = nullptr;
     vector<void*> owned;
     vector<Piece> pieces;  // of weights, to be copied
     vector<DeviceLayer> layers;
     b16 *embedding, *lm_head, *normed, *qkv, *att, *gate_up, *h, *kv = nullptr;
-    float *final_norm, *inv_freq, *x, *logits, *partial;
+    float *final_norm, *inv_freq, *x, *logits, *angles;
+    Attended* partial;
+    decltype(&prefill_attend<64, 64>) prefill;
+    size_t prefill_shared;
     int *drawn, *tickets;
     DrawScratch* scratch;
     Slot slots[2];
