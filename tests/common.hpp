@@ -22,8 +22,10 @@ inline json golden(const std::string& file) { return json::parse(read_file(kData
 struct TempFolder {
     std::string path;
     TempFolder() {
+        std::filesystem::create_directories("build");
         char name[] = "build/test-XXXXXX";
-        path = mkdtemp(name);
+        if (!mkdtemp(name)) throw std::runtime_error("cannot make a folder in build/");
+        path = name;
     }
     ~TempFolder() { std::filesystem::remove_all(path); }
     std::string operator/(const std::string& file) const { return path + "/" + file; }
