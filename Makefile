@@ -2,6 +2,7 @@
 # CXX, CXXFLAGS and LDFLAGS are respected.
 
 SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
+PARTS    := docs/forks/gpu.hpp docs/forks/batch.hpp
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
@@ -40,15 +41,15 @@ demo: nanocu $(MODEL)/config.json  ## install, build and fetch what is missing, 
 
 build: nanocu  ## the binary, ./nanocu
 
-nanocu: $(SOURCES) | packages
+nanocu: $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
 gpu: build/gpu/nanocu  ## the binary with the GPU in it, build/gpu/nanocu; needs nvcc
 
-build/gpu/nanocu: $(SOURCES) docs/forks/gpu.hpp | packages
+build/gpu/nanocu: $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O3 -DNDEBUG)
 
-build/gpu/tests: tests/all_gpu.cpp tests/gpu.cpp tests/common.hpp $(SOURCES) docs/forks/gpu.hpp | packages
+build/gpu/tests: tests/all_gpu.cpp tests/gpu.cpp tests/common.hpp $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O2)
 
 packages:  ## what apt-get has to install, if anything (sudo where not root)
@@ -98,13 +99,13 @@ test-gpu:  ## the tests of the GPU; without one it says that it skips them
 	    compute-sanitizer --tool racecheck build/gpu/tests -tc="*sanitizers*" -sc="few rows,graphs"; \
 	fi
 
-build/tests: tests/all.cpp $(TESTS) $(SOURCES) | packages
+build/tests: tests/all.cpp $(TESTS) $(SOURCES) $(PARTS) | packages
 	$(call compile,-O2 $(CHECKED))
 
-build/tests-sanitize: tests/all.cpp $(TESTS) $(SOURCES) | packages
+build/tests-sanitize: tests/all.cpp $(TESTS) $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 $(CHECKED) $(SANITIZE))
 
-build/nanocu-sanitize: $(SOURCES) | packages
+build/nanocu-sanitize: $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 $(CHECKED) $(SANITIZE))
 
 $(QWEN3): tests/data/tokenizer/qwen3.tokenizer.json.gz

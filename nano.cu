@@ -5,7 +5,8 @@
 //        -> logits -> sampler.hpp -> id, back into the Sequence and on the screen
 //
 // Chapters: 1 the step and its memory   2 the ops on the CPU   3 the forward pass   4 the engine
-//           5 the commands   6 main; with nvcc, docs/forks/gpu.hpp comes between 3 and 4
+//           5 the commands   6 main; docs/forks/gpu.hpp (with nvcc) and docs/forks/batch.hpp are
+//           read where they are included
 // Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
 // Tests and forks include this file with NANOCU_NO_MAIN defined.
@@ -525,7 +526,7 @@ struct Sequence {
     int draw = 0;                         // the last step's that gives the last id
     bool ended = false;
     vector<int> table = {};               // block table
-    vector<double> prompt_logprobs = {};  // of prompt ids 1, 2, ..., if asked for
+    vector<vector<TokenLogprob>> prompt_logprobs = {};  // of prompt ids 1, 2, ..., if asked for
 
     int known() const {  // ids before the first -1
         int count = int(ids.size());
@@ -540,7 +541,7 @@ struct Output {
     int cached;                             // tokens of the prompt that were in the cache
     const char* finish = nullptr;           // "stop", "length", or null: goes on
     vector<TokenLogprob> logprobs = {};     // of id, then of the likeliest, if asked for
-    vector<double> prompt_logprobs = {};    // with the finish, if asked for
+    vector<vector<TokenLogprob>> prompt_logprobs = {};  // with the finish, if asked for
 };
 
 struct EngineOptions {
@@ -683,6 +684,11 @@ private:
             if (s->ids.back() < 0) break;  // on its way from the device
             // a prompt that is scored needs all its logits, so nothing may be skipped
             if (!s->request->score_prompt) s->computed = cache.match(s->ids, s->table);
+            if (will_be_known(*s)) {  // somebody is computing what comes next: wait for that
+                s->computed = 0;
+                cache.release(s->table);
+                break;
+            }
             s->published = s->computed;
             if (s->ids.size() == s->request->prompt.size()) s->cached = s->computed;
             running.push_back(s);
@@ -702,6 +708,16 @@ private:
         step.taken = std::exchange(taken, {});
         if (flight.parts.empty()) flight.step.reset();
         return flight;
+    }
+
+    // Whether the block behind what s found in the cache is being computed for another sequence.
+    bool will_be_known(const Sequence& s) const {
+        int end = s.computed + kBlockSize;
+        return options.prefix_cache && !s.request->score_prompt && end < int(s.ids.size()) &&
+            std::ranges::any_of(running, [&](const std::shared_ptr<Sequence>& other) {
+                return other->published < end && other->known() >= end &&
+                       std::equal(s.ids.begin(), s.ids.begin() + end, other->ids.begin());
+            });
     }
 
     // The youngest sequence goes back to the head of those that wait.
@@ -729,7 +745,7 @@ private:
         for (int i = s.computed; i < end; i++) {
             bool scored = i < int(s.prompt_logprobs.size());
             if (i + 1 == size || scored) step.logit_rows.push_back(step.tokens());
-            if (scored) add_draw(s.sample, i + 1, 0, s.ids[i + 1]);
+            if (scored) add_draw(s.sample, i + 1, std::max(0, r.logprobs), s.ids[i + 1]);
             for (int n = s.unforked; i + 1 == size && n >= 0; n--)  // the sequence's own comes last
                 add_draw(s.sample + n, size, r.logprobs, -1);
             step.ids.push_back(s.ids[i] < 0 ? -1 - s.draw : s.ids[i]);
@@ -778,7 +794,7 @@ private:
             Sequence& leader = *flight.parts[d.part].sequence;
             if (leader.ended) continue;  // while this was on its way
             if (d.position < int(leader.request->prompt.size())) {
-                leader.prompt_logprobs[d.position - 1] = d.scores[0].logprob;
+                leader.prompt_logprobs[d.position - 1] = std::move(d.scores);
                 continue;
             }
             Sequence& s = d.sample == leader.sample ? leader : fork(leader, d.sample);
@@ -808,7 +824,7 @@ using ordered = nlohmann::ordered_json;
 
 // What the command line says: a request and the engine's options, but for what the model decides.
 struct Flags : Request, EngineOptions {
-    string model, file, ids, system, workload, load = "auto";
+    string model, file, ids, system, workload, input, output, load = "auto";
     std::optional<string> text;  // of --prompt; a request's prompt is ids
     bool no_think = false, jsonl = false, decode = false, chat = false, json = false;
     bool verbose = false, no_special = false;
@@ -875,23 +891,36 @@ string input_text(const Flags& f) {
     return {std::istreambuf_iterator<char>(std::cin), {}};
 }
 
-vector<int> ids_of(const json& j) {
+vector<int> ids_of(const json& j, const char* where) {
     for (const json& id : j)
-        if (!id.is_number_unsigned() || id > INT_MAX) fail("--ids, --decode: no id: ", id.dump());
+        if (!id.is_number_unsigned() || id > INT_MAX) fail(where, ": no id: ", id.dump());
     return j.get<vector<int>>();
 }
 
 vector<int> input_ids(const Session& s) {
     if (s.f.ids.empty()) return s.tokenizer->encode(input_text(s.f), !s.f.no_special);
-    return ids_of(parse_json("[" + s.f.ids + "]"));
+    return ids_of(parse_json("[" + s.f.ids + "]"), "--ids");
 }
 
+// What comes for one sample of a request.
 struct Reply {
     TextStream stream;
     string text = {};
     vector<int> ids = {};
-    ordered logprobs = ordered::array();
+    vector<vector<TokenLogprob>> logprobs = {};  // of each id, and of the likeliest, if asked for
     Output last = {};  // tells why it ended, and more of the whole sequence
+
+    // Takes what a step says of the sample; returns the text that is certain now.
+    string take(Engine& engine, Output& o) {
+        ids.push_back(o.id);
+        string more = stream.push(o.id);
+        if (stream.stopped) engine.stop(o.request, o.sample), o.finish = "stop";
+        if (o.finish) more += stream.finish();
+        if (!o.logprobs.empty()) logprobs.push_back(std::move(o.logprobs));
+        last = std::move(o);
+        text += more;
+        return more;
+    }
 };
 
 ordered logprob_json(const Session& s, const TokenLogprob& t) {
@@ -905,27 +934,19 @@ vector<Reply> run(Session& s, const Request& r, bool show) {
     vector<Reply> replies(r.samples, Reply{TextStream(s.tokenizer.get(), s.f.stop)});
     double start = now(), first = start;
     int number = s.engine.add(r), tokens = 0;
-    auto emit = [&](Reply& reply, const string& text) {
-        reply.text += text;
-        if (show) put(text);
-    };
     while (s.engine.busy() && !interrupted)
         for (Output& o : s.engine.step()) {
-            Reply& reply = replies[o.sample];
             if (tokens++ == 0) first = now();
-            reply.ids.push_back(o.id);
-            emit(reply, reply.stream.push(o.id));
-            if (reply.stream.stopped) s.engine.stop(number, o.sample), o.finish = "stop";
-            reply.last = std::move(o);
-            const auto& logprobs = reply.last.logprobs;
-            if (logprobs.empty()) continue;
-            reply.logprobs.push_back(logprob_json(s, logprobs[0]));
-            ordered& top = reply.logprobs.back()["top"] = ordered::array();
-            for (auto& t : std::span(logprobs).subspan(1)) top.push_back(logprob_json(s, t));
+            string more = replies[o.sample].take(s.engine, o);
+            if (show) put(more);
         }
     s.engine.stop(number, -1);  // after Ctrl-C
     double rate = std::max(0, tokens - r.samples) / (now() - first);
-    for (Reply& reply : replies) emit(reply, reply.stream.finish());
+    for (Reply& reply : replies) {  // those that did not end
+        string more = reply.stream.finish();
+        reply.text += more;
+        if (show) put(more);
+    }
     if (show) put("\n");
     fprintf(stderr, "\n%zu prompt tokens (%d from cache), %d new tokens, %.1f tokens/s, "
             "first token after %.3f s\n",
@@ -945,7 +966,11 @@ void generate(const Flags& f) {
             {"ids", a.ids}, {"finish_reason", finish ? ordered(finish) : ordered()},
             {"seed", r.sampling.seed}, {"usage", {{"prompt_tokens", r.prompt.size()},
             {"cached_tokens", a.last.cached}, {"completion_tokens", a.ids.size()}}}};
-        if (r.logprobs >= 0) j["logprobs"] = a.logprobs;
+        for (const auto& of_token : a.logprobs) {
+            j["logprobs"].push_back(logprob_json(s, of_token[0]));
+            ordered& top = j["logprobs"].back()["top"] = ordered::array();
+            for (auto& t : std::span(of_token).subspan(1)) top.push_back(logprob_json(s, t));
+        }
         put(f.json ? j.dump() + "\n" : str("--- sample ", i, "\n", a.text, "\n"));
     }
 }
@@ -1003,8 +1028,10 @@ void score(const Flags& f) {
     Request r = s.request(input_ids(s));
     r.score_prompt = true;
     r.max_tokens = 1;
-    vector<double> each = run(s, r, false)[0].last.prompt_logprobs;
+    Reply reply = run(s, r, false)[0];
     if (interrupted) return;
+    vector<double> each;
+    for (auto& of_token : reply.last.prompt_logprobs) each.push_back(of_token[0].logprob);
     double sum = std::accumulate(each.begin(), each.end(), 0.0), mean = sum / double(each.size());
     ordered j = {{"tokens", r.prompt.size()}, {"logprob", sum}, {"mean_logprob", mean},
                  {"perplexity", std::exp(-mean)}, {"token_logprobs", {nullptr}}};  // NaN is null
@@ -1012,10 +1039,12 @@ void score(const Flags& f) {
     put_object(j, f.json);
 }
 
+#include "docs/forks/batch.hpp"  // batch: many requests from a file
+
 void tokenize(const Flags& f) {
     Tokenizer tokenizer(f.model);
     auto convert = [&](const json& j) -> json {
-        if (f.decode) return tokenizer.decode(ids_of(j));
+        if (f.decode) return tokenizer.decode(ids_of(j, "--decode"));
         if (!f.chat) return tokenizer.encode(j.get<string>(), !f.no_special);
         Chat format = Chat::load(f.model);
         format.thinking = !f.no_think;
@@ -1160,9 +1189,12 @@ int main(int argc, char** argv) {
         CLI::App* c = app.add_subcommand(name, what)->callback([&called, run] { called = run; });
         c->add_option("MODEL", f.model, "a model's folder, as Hugging Face has it")->required();
         c->add_flag("--json", f.json, "JSON on stdout, one object a line");
+        return c;
     };
     command("chat", chat, "talk; /reset, /quit; a line that ends in \\ goes on");
     command("generate", generate, "continue a text as it is");
+    command("batch", batch, "OpenAI batch lines in, results out; run again, it goes on")
+        ->add_option("INPUT", f.input, "a JSONL file of requests; -: stdin")->required();
     command("score", score, "log-probabilities of a text, and its perplexity");
     command("tokenize", tokenize, "text to ids");
     command("bench", bench, "speed of prompts (pp) and of decoding (tg)");
@@ -1179,7 +1211,7 @@ int main(int argc, char** argv) {
                 ->delimiter(std::is_same_v<T, vector<int>> ? ',' : '\0');
         }
     };
-    const vector<string> model = {"chat", "generate", "score", "bench", "info"},
+    const vector<string> model = {"chat", "generate", "batch", "score", "bench", "info"},
         input = {"generate", "score", "tokenize"}, drawing = {"chat", "generate"};
     const auto size = CLI::Range(1, 1 << 24);
     flag({"chat"}, "--system", f.system, "the system message");
@@ -1192,6 +1224,8 @@ int main(int argc, char** argv) {
     flag({"generate"}, "--samples", f.samples, "continuations of the one prompt", size);
     flag({"generate"}, "--logprobs", f.logprobs, "log-probabilities, and of the K likeliest",
          CLI::Range(1000));
+    flag({"batch"}, "-o,--output", f.output, "where results go, a line each; -: stdout");
+    app.get_subcommand("batch")->get_option("--output")->required();
     flag({"tokenize"}, "--jsonl", f.jsonl, "a JSON string a line in, an array of ids a line out");
     flag({"tokenize"}, "--decode", f.decode, "ids to text");
     flag({"tokenize"}, "--chat", f.chat, "in: a JSON array of messages");

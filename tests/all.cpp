@@ -8,3 +8,4 @@
 #include "model.cpp"
 #include "engine.cpp"
 #include "commands.cpp"
+#include "batch.cpp"

@@ -90,7 +90,8 @@ inline std::map<std::pair<int, int>, Finished> run_all(Engine& engine, const std
             if (o.id >= 0) f.ids.push_back(o.id);
             f.cached = o.cached;
             f.logprobs.insert(f.logprobs.end(), o.logprobs.begin(), o.logprobs.end());
-            if (o.finish) f.finish = o.finish, f.prompt_logprobs = o.prompt_logprobs;
+            if (o.finish) f.finish = o.finish;
+            for (const auto& l : o.prompt_logprobs) f.prompt_logprobs.push_back(l[0].logprob);
         }
     return results;
 }

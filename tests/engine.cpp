@@ -481,7 +481,7 @@ TEST_CASE("200 random requests, some stopped, in little memory: each as if alone
             f.logprobs.insert(f.logprobs.end(), o.logprobs.begin(), o.logprobs.end());
             if (!o.finish) continue;
             f.finish = o.finish;
-            f.prompt_logprobs = o.prompt_logprobs;
+            for (const auto& l : o.prompt_logprobs) f.prompt_logprobs.push_back(l[0].logprob);
         }
         if (random() % 20) continue;
         for (const auto& [key, f] : results) {

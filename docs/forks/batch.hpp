@@ -1,0 +1,316 @@
+// batch.hpp: the command that runs a file of requests, OpenAI's batch format, as `vllm run-batch`
+// reads and writes it. nano.cu includes it among the commands; it is kept here because it does not
+// fit into the four sources' budget of lines.
+//
+// A line in:   {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...], ...}}
+// A line out:  {"id": ..., "custom_id": "a", "response": {"status_code": 200, "body": {...}}, ...}
+//
+// Nothing is lost: a result is one write of a whole line, in the order in which requests end. Run
+// again with the same output, it skips what is there. A request that is wrong gets a result too,
+// with status 400 and the reason.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/file.h>
+
+namespace fs = std::filesystem;
+
+// One line of a batch: OpenAI's batch format, as `vllm run-batch` reads and writes it.
+struct Job {
+    Request request;
+    bool chat = false, echo = false, with_logprobs = false, no_output = false;
+    string prompt;  // its text
+    vector<string> stops;
+    vector<Reply> replies;
+    int64_t line;
+    json id;    // custom_id
+    int open;   // samples that have not ended
+};
+
+// Moves body[key], if it is there, to value.
+template <class T>
+void take_field(json& body, const char* key, T& value) {
+    constexpr bool is_bool = std::is_same_v<T, bool>, whole = std::is_integral_v<T> && !is_bool;
+    if (!body.contains(key)) return;
+    json j = body[key];
+    body.erase(key);
+    bool fits = is_bool ? j.is_boolean() : whole ? j.is_number_integer()
+              : std::is_floating_point_v<T> ? j.is_number() : true;
+    if (whole && sizeof(T) == 4) fits = fits && j >= INT_MIN && j <= INT_MAX;
+    if (!fits) fail(key, ": ", j.dump(), " is not of the right type or size");
+    value = j.get<T>();
+}
+
+// The text of a message's content: a string, or a list of parts of type text.
+string content_text(const json& content) {
+    if (content.is_string()) return content;
+    string text;
+    for (const json& part : content) {
+        if (part.at("type") != "text") fail("messages: only content of type text is supported");
+        text += part.at("text").get<string>();
+    }
+    return text;
+}
+
+// What a line asks for; an exception tells what is wrong with it. format: of chats, loaded once.
+void read_job(const Session& s, std::optional<Chat>& format, json line, Job& job) {
+    const Flags& f = s.f;
+    Request& r = job.request = s.request({});
+    Sampling& p = r.sampling;
+    string url = line.at("url");
+    json body = line.at("body"), messages, stop, prompt;
+    bool stream = false;
+    int top = 0;
+    if (!body.is_object()) fail("body: expected an object");
+    if (value_or(line, "method", string("POST")) != "POST") fail("method: only POST is supported");
+    job.chat = url == "/v1/chat/completions";
+    if (!job.chat && url != "/v1/completions")
+        fail("url ", url, " is not supported; /v1/chat/completions and /v1/completions are");
+    for (const char* key : {"model", "user", "metadata", "store"}) body.erase(key);
+    for (auto field = body.begin(); field != body.end();)
+        field = field->is_null() ? body.erase(field) : std::next(field);
+    p.seed = philox(p.seed, uint32_t(job.line), uint32_t(job.line >> 32));
+    take_field(body, "stream", stream), take_field(body, "n", r.samples);
+    take_field(body, "max_tokens", r.max_tokens), take_field(body, "seed", p.seed);
+    take_field(body, "temperature", p.temperature), take_field(body, "top_p", p.top_p);
+    take_field(body, "top_k", p.top_k), take_field(body, "min_p", p.min_p);
+    take_field(body, "presence_penalty", p.presence_penalty);
+    take_field(body, "frequency_penalty", p.frequency_penalty);
+    take_field(body, "repetition_penalty", p.repetition_penalty);
+    take_field(body, "ignore_eos", r.ignore_eos), take_field(body, "stop", stop);
+    if (p.top_k == -1) p.top_k = 0;  // vLLM's all
+    if (stream) fail("stream: only false is supported");
+    if (stop.is_string()) stop = json::array({stop});
+    for (const json& text : stop) job.stops.push_back(text);
+    for (const string& text : job.stops) if (text.empty()) fail("stop: is empty; leave it out");
+    if (job.chat) {
+        take_field(body, "max_completion_tokens", r.max_tokens);
+        take_field(body, "messages", messages);
+        take_field(body, "logprobs", job.with_logprobs), take_field(body, "top_logprobs", top);
+        if (top && !job.with_logprobs) fail("top_logprobs: needs logprobs to be true");
+        if (!format) format = Chat::load(f.model);
+        vector<Message> list;
+        for (const json& m : messages)
+            list.push_back({m.at("role"), content_text(m.at("content"))});
+        job.prompt = format->render(list);
+    } else {
+        take_field(body, "echo", job.echo), take_field(body, "prompt", prompt);
+        job.with_logprobs = body.contains("logprobs");
+        take_field(body, "logprobs", top);
+        if (prompt.is_string()) job.prompt = prompt;
+        else if (prompt.is_array()) r.prompt = ids_of(prompt, "prompt");
+        else fail("prompt: expected one text, or a list of ids");
+    }
+    if (!body.empty()) fail("field ", body.begin().key(), " is not supported");
+    if (top < 0 || top > 1000) fail("logprobs, top_logprobs: 0 to 1000, not ", top);
+    if (!s.tokenizer && !prompt.is_array())
+        fail(f.model, "/tokenizer.json: missing; give a list of ids as prompt");
+    if (!prompt.is_array()) r.prompt = s.tokenizer->encode(job.prompt, !job.chat && !f.no_special);
+    else if (s.tokenizer) job.prompt = s.tokenizer->decode(r.prompt);
+    if (job.with_logprobs) r.logprobs = top;
+    r.score_prompt = job.echo && job.with_logprobs;
+    job.no_output = job.echo && r.max_tokens == 0;
+    if (job.no_output) r.max_tokens = 1;
+    if (r.samples < 1 || r.samples > 1024) fail("n: 1 to 1024, not ", r.samples);
+    job.open = r.samples;
+    job.replies.assign(r.samples, Reply{TextStream(s.tokenizer.get(), job.stops)});
+}
+
+// A choice's log-probabilities: in a chat an object for each token, else lists side by side.
+ordered choice_logprobs(const Session& s, const Job& job, const Reply& reply) {
+    if (!job.with_logprobs) return nullptr;
+    auto token = [&](int id) { return s.tokenizer ? s.tokenizer->decode({&id, 1}) : str(id); };
+    auto entry = [&](const TokenLogprob& t) {
+        string bytes = s.tokenizer ? s.tokenizer->bytes(t.id) : "";
+        return ordered{{"token", token(t.id)}, {"logprob", t.logprob},
+                       {"bytes", vector<uint8_t>(bytes.begin(), bytes.end())}};
+    };
+    ordered chat = ordered::array(), tokens = chat, logprobs = chat, tops = chat, offsets = chat;
+    auto add = [&](int id, const vector<TokenLogprob>* of_token) {  // null: of the first id
+        offsets.push_back(tokens.empty() ? 0 : offsets.back().get<size_t>() +
+                          std::ranges::count_if(tokens.back().get<string>(), [](char c) {
+                              return (c & 0xC0) != 0x80;  // code points begin
+                          }));
+        tokens.push_back(token(id));
+        logprobs.push_back(of_token ? ordered((*of_token)[0].logprob) : ordered());
+        tops.push_back(of_token ? ordered::object() : ordered());
+        if (of_token) for (auto& t : std::span(*of_token).subspan(1))
+            tops.back()[token(t.id)] = t.logprob;
+    };
+    if (job.chat) for (const auto& of_token : reply.logprobs) {
+        chat.push_back(entry(of_token[0]));
+        ordered& top = chat.back()["top_logprobs"] = ordered::array();
+        for (auto& t : std::span(of_token).subspan(1)) top.push_back(entry(t));
+    }
+    if (job.chat) return {{"content", chat}};
+    for (size_t i = 0; job.echo && i < job.request.prompt.size(); i++)
+        add(job.request.prompt[i], i ? &reply.last.prompt_logprobs[i - 1] : nullptr);
+    for (size_t i = 0; i < reply.ids.size() && !job.no_output; i++)
+        add(reply.ids[i], &reply.logprobs[i]);
+    return {{"tokens", tokens}, {"token_logprobs", logprobs}, {"top_logprobs", tops},
+            {"text_offset", offsets}};
+}
+
+// The body of a finished job's response.
+ordered response_body(const Session& s, const Job& job, const string& id) {
+    ordered choices = ordered::array();
+    size_t prompt = job.request.prompt.size(), made = 0;
+    for (int i = 0; const Reply& reply : job.replies) {
+        string text = (job.echo ? job.prompt : "") + (job.no_output ? "" : reply.text);
+        ordered choice = {{"index", i++}};
+        if (job.chat) choice["message"] = {{"role", "assistant"}, {"content", text}};
+        else choice["text"] = s.tokenizer ? ordered(text) : ordered();
+        if (!s.tokenizer) choice["token_ids"] = reply.ids;
+        choice["logprobs"] = choice_logprobs(s, job, reply);
+        choice["finish_reason"] = reply.last.finish;
+        choices.push_back(std::move(choice));
+        made += job.no_output ? 0 : reply.ids.size();
+    }
+    return {{"id", (job.chat ? "chatcmpl-" : "cmpl-") + id},
+        {"object", job.chat ? "chat.completion" : "text_completion"}, {"created", time(nullptr)},
+        {"model", s.f.model}, {"choices", choices}, {"usage", {{"prompt_tokens", prompt},
+            {"completion_tokens", made}, {"total_tokens", prompt + made},
+            {"prompt_tokens_details", {{"cached_tokens", job.replies[0].last.cached}}}}}};
+}
+
+// The results of a batch, a line each, in a file or (path "-") on stdout. A file that has some goes
+// on: what is finished is not done again, and a last line that is torn is cut off.
+struct Results {
+    std::set<string> finished;   // custom_ids
+    std::set<int64_t> lines;     // of the input, answered without one, or with a repeated one
+    int64_t done = 0, refused = 0;
+
+    explicit Results(const string& path) : path(path), fd(1) {
+        if (path == "-") return;
+        fd = open(path.c_str(), O_RDWR | O_CREAT | O_APPEND, 0666);
+        if (fd < 0) fail(path, ": ", strerror(errno));
+        if (flock(fd, LOCK_EX | LOCK_NB)) fail(path, ": another run is writing to it");
+        regular = fs::is_regular_file(path);
+        std::ifstream file(path, std::ios::binary);
+        for (string line; regular && std::getline(file, line);) {
+            json j = json::parse(line, nullptr, false);  // no exceptions
+            bool ours = line.starts_with(kBegin) || string(kBegin).starts_with(line);
+            bool torn = file.eof() || j.is_discarded();
+            if (!ours || (torn && !file.eof() && file.peek() != EOF))
+                fail(path, ": line ", done + refused + 1, " is no result; give another -o");
+            if (torn) break;
+            in_file(path, [&] {
+                if (j.contains("line")) lines.insert(j["line"].get<int64_t>());
+                else finished.insert(j.at("custom_id").get<string>());
+                (j.at("response").at("status_code") == 200 ? done : refused)++;
+            });
+            size += off_t(line.size()) + 1;
+        }
+        if (regular && ftruncate(fd, size)) fail(path, ": ", strerror(errno));
+    }
+    ~Results() { if (fd != 1) close(fd); }
+
+    // line: of the input, where custom_id does not tell which it was; else 0
+    void write(const string& id, const json& custom_id, int64_t line, int status, ordered body) {
+        ordered j = {{"id", "batch-" + id}, {"custom_id", custom_id}};
+        if (line) j["line"] = line;
+        j["response"] = {{"status_code", status}, {"request_id", "req-" + id}, {"body", body}};
+        j["error"] = nullptr;
+        // the reason may quote what is no UTF-8
+        string text = j.dump(-1, ' ', false, ordered::error_handler_t::replace) + "\n";
+        for (size_t at = 0; at < text.size();) {
+            ssize_t n = ::write(fd, text.data() + at, text.size() - at);
+            if (n < 0 && errno == EINTR) continue;
+            if (n <= 0) {
+                int error = errno;
+                if (regular && ftruncate(fd, size)) {}  // else the next run cuts it off
+                fail(path, ": ", strerror(error), "; make room, then run again: it goes on");
+            }
+            at += n;
+        }
+        size += text.size();
+        (status == 200 ? done : refused)++;
+    }
+
+private:
+    static constexpr const char* kBegin = "{\"id\":\"batch-";
+    string path;
+    int fd;
+    bool regular = false;  // can be cut
+    off_t size = 0;        // of whole lines
+};
+
+void batch(const Flags& f) {
+    std::ifstream file;
+    if (f.input != "-") file.open(f.input, std::ios::binary);
+    if (!file || fs::is_directory(f.input)) fail(f.input, ": cannot be read");
+    std::error_code none;
+    if (fs::equivalent(f.input, f.output, none))
+        fail(f.output, ": is the input, too; give another -o");
+    std::istream& in = f.input == "-" ? std::cin : file;
+    Session s(f);
+    Results results(f.output);
+    std::optional<Chat> format;
+    std::set<string> seen;
+    std::map<int, Job> jobs;  // by the engine's number of the request
+    int64_t line = 0, tokens = 0;
+    int samples = 0;
+    double start = now(), shown = 0, bytes = f.input == "-" ? 0 : double(fs::file_size(f.input));
+    auto name = [&](int64_t of) { return str(std::hex, f.sampling.seed, "-", std::dec, of); };
+    auto begin = [&](string text) {
+        if (text.find_first_not_of(" \t\r") == string::npos || results.lines.contains(line)) return;
+        Job job;
+        job.line = line;
+        bool repeated = false;
+        try {
+            json j = parse_json(text);
+            if (!j.is_object() || !j.contains("custom_id") || !j["custom_id"].is_string())
+                fail("custom_id: expected a text");
+            job.id = j["custom_id"];
+            repeated = !seen.insert(job.id).second;
+            if (repeated) fail("custom_id ", job.id.dump(), " was there before");
+            if (results.finished.contains(job.id)) return;
+            read_job(s, format, std::move(j), job);
+            int number = s.engine.add(job.request);
+            samples += job.open;
+            jobs.emplace(number, std::move(job));
+        } catch (const std::exception& e) {
+            const char* kind = dynamic_cast<const json::exception*>(&e) ? strchr(e.what(), ']') : 0;
+            string what = kind ? str("JSON: ", kind + 2) : e.what();
+            results.write(name(line), job.id, repeated || job.id.is_null() ? line : 0, 400,
+                {{"error", {{"message", str("line ", line, ": ", what)},
+                {"type", "invalid_request_error"}, {"param", nullptr}, {"code", 400}}}});
+        }
+    };
+    auto progress = [&](bool last) {
+        double seconds = now() - start, part = bytes ? double(file.tellg()) / bytes : 0;
+        if (!last && (!isatty(2) || seconds < shown + 0.5)) return;
+        shown = seconds;
+        string left = part > 0 && !last ? str(", ", int(part * 100), "% read, ",
+            int(seconds / part - seconds), " s left") : "";
+        fprintf(stderr, "%s%ld done, %ld refused, %ld tokens, %.1f tokens/s%s%s",
+                isatty(2) ? "\r\33[K" : "", long(results.done), long(results.refused), long(tokens),
+                double(tokens) / seconds, left.c_str(), last ? "\n" : "");
+    };
+    for (bool more = true; (more && !interrupted) || !jobs.empty(); progress(false)) {
+        // enough to keep all rows busy, and no more in memory
+        while (more && !interrupted && samples < 2 * s.engine.options.max_rows) {
+            string text;
+            more = bool(std::getline(in, text));
+            line++;
+            begin(std::move(text));
+        }
+        for (Output& o : s.engine.step()) {
+            auto found = jobs.find(o.request);
+            Job& job = found->second;
+            Reply& reply = job.replies[o.sample];
+            reply.take(s.engine, o);
+            tokens++;
+            if (!reply.last.finish) continue;
+            samples--;
+            if (--job.open) continue;
+            string id = name(job.line);
+            results.write(id, job.id, 0, 200, response_body(s, job, id));
+            jobs.erase(found);
+        }
+    }
+    progress(true);
+    if (results.refused && !interrupted)
+        fail(results.refused, " of ", results.done + results.refused,
+             " requests were refused; their results have status 400 and say why");
+}
