@@ -286,11 +286,15 @@ TEST_CASE("batch: long lines, and input as a stream") {
     Ran r = shell("cat " + folder / "in.jsonl" + " | " + binary() + " " + kTinyBatch + "- -o -");
     CHECK(r.exit == 0);
     CHECK(results_of(r.out).size() == 2);
-    // a pipe that gives no more than what is asked for: memory stays small
-    r = shell("yes '" + lines.substr(lines.find("\n") + 1, string::npos).substr(0, 90) +
-              "' | head -c 300000000 | ( ulimit -v 1500000; " + binary() + " " + kTinyBatch +
-              "- -o - --max-rows 4 --threads 1 ) | tail -n 1 | cut -c 1-60");
-    CHECK(r.out.starts_with("{\"id\":\"batch-"));
+    // 200 MB through a process that may have 150: not read ahead, and nothing kept
+    if (kSanitized) return;  // which takes address space by terabytes
+    folder.write("make.py", "for i in range(200):\n    print('{\"custom_id\":\"%d\",\"url\":\"/v1/"
+                 "completions\",\"body\":{\"prompt\":[1],\"max_tokens\":1,\"user\":\"%s\"}}' % "
+                 "(i, 'x' * 1000000))\n");
+    r = shell("python3 " + folder / "make.py" + " | ( ulimit -v 150000; " + binary() + " " +
+              kTinyBatch + "- -o - --threads 1 --kv-memory 1M )");
+    CHECK(r.exit == 0);
+    CHECK(results_of(r.out).size() == 200);
 }
 
 TEST_CASE("engine: what requests share is computed once, and held once") {
