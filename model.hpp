@@ -16,6 +16,7 @@
 #include <unistd.h>
 #include <utf8proc.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -41,7 +42,7 @@ inline string str(const auto&... args) { return (std::ostringstream() << ... << 
 inline string read_file(const string& path) {
     std::ifstream in(path, std::ios::binary);
     if (!in || std::filesystem::is_directory(path)) fail(path, ": cannot read this file");
-    return {std::istreambuf_iterator<char>(in), {}};
+    return str(in.rdbuf());
 }
 
 // Parses JSON. Nothing real is nested over 64 deep, and what is would overflow the stack when
@@ -273,8 +274,9 @@ public:
 
     // Reads folder/tokenizer.json. What it asks for and is not built is refused by name.
     explicit Tokenizer(const string& folder) {
+        byte_of.fill(-1);
         for (int b = 0, next = 0x100; b < 256; b++)
-            byte_of[(b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++] = char(b);
+            byte_of[(b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++] = b;
         with_json(folder + "/tokenizer.json", [&](const json& j) {
             load_vocabulary(j.at("model"));
             for (const char* stage : {"normalizer", "pre_tokenizer", "post_processor"})
@@ -317,7 +319,7 @@ public:
     bool is_special(int id) const { return specials.count(id) > 0; }
 
 private:
-    std::unordered_map<int, char> byte_of;         // GPT-2's characters for the 256 bytes
+    std::array<int, 0x200> byte_of;                // of GPT-2's characters; -1: none
     vector<string> pieces;                         // id -> bytes
     std::unordered_map<string, int> vocab;         // bytes -> id
     std::map<string, int, std::greater<>> added;   // text -> id; before "a" comes "ab"
@@ -344,8 +346,8 @@ private:
         for (size_t i = 0; i < text.size();) {
             int code;
             i += utf8proc_iterate((const utf8proc_uint8_t*)&text[i], -1, &code);
-            if (!byte_of.contains(code)) return text;
-            out += byte_of.at(code);
+            if (code < 0 || code >= int(byte_of.size()) || byte_of[code] < 0) return text;
+            out += char(byte_of[code]);
         }
         return out;
     }
@@ -360,8 +362,10 @@ private:
         only(j, {{"type", "BPE"}, {"byte_fallback", false}, {"end_of_word_suffix", ""},
                  {"continuing_subword_prefix", ""}});
         ignore_merges = value_or(j, "ignore_merges", false);
-        for (const auto& [text, id] : j.at("vocab").items()) vocab[add_piece(text, id)] = id;
-        for (const json& merge : j.at("merges")) {  // "a b", or ["a", "b"] in newer files
+        const json &words = j.at("vocab"), &merges = j.at("merges");
+        vocab.reserve(words.size()), ranks.reserve(merges.size());
+        for (const auto& [text, id] : words.items()) vocab[add_piece(text, id)] = id;
+        for (const json& merge : merges) {  // "a b", or ["a", "b"] in newer files
             string text = merge.is_string() ? string(merge)
                                             : string(merge.at(0)) + " " + string(merge.at(1));
             size_t space = text.find(' ');
