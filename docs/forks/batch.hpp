@@ -183,7 +183,7 @@ struct Results {
     explicit Results(const string& path) : path(path), fd(1) {
         if (path == "-") return;
         fd = open(path.c_str(), O_RDWR | O_CREAT | O_APPEND, 0666);
-        if (fd < 0) fail(path, ": ", strerror(errno));
+        if (fd < 0) fail(path, ": ", strerror(errno), "; give another -o");
         if (flock(fd, LOCK_EX | LOCK_NB)) fail(path, ": another run is writing to it");
         regular = fs::is_regular_file(path);
         std::ifstream file(path, std::ios::binary);
@@ -250,7 +250,8 @@ void batch(const Flags& f) {
     std::map<int, Job> jobs;  // by the engine's number of the request
     int64_t line = 0, tokens = 0;
     int samples = 0;
-    double start = now(), shown = 0, bytes = f.input == "-" ? 0 : double(fs::file_size(f.input));
+    double start = now(), shown = 0;
+    double bytes = fs::is_regular_file(f.input) ? double(fs::file_size(f.input)) : 0;
     auto name = [&](int64_t of) { return str(std::hex, f.sampling.seed, "-", std::dec, of); };
     auto begin = [&](string text) {
         if (text.find_first_not_of(" \t\r") == string::npos || results.lines.contains(line)) return;
