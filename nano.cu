@@ -928,6 +928,14 @@ ordered logprob_json(const Session& s, const TokenLogprob& t) {
     return {{"id", t.id}, {"token", token}, {"logprob", t.logprob}};
 }
 
+// What show makes of the first, with the others, the likeliest, as a list under key.
+ordered with_likeliest(std::span<const TokenLogprob> all, const char* key, auto show) {
+    ordered j = show(all[0]);
+    j[key] = ordered::array();
+    for (const TokenLogprob& t : all.subspan(1)) j[key].push_back(show(t));
+    return j;
+}
+
 // Runs one request to its end or to Ctrl-C, and prints the closing line. show: the text of the one
 // sample goes to stdout as soon as it is certain.
 vector<Reply> run(Session& s, const Request& r, bool show) {
@@ -966,11 +974,10 @@ void generate(const Flags& f) {
             {"ids", a.ids}, {"finish_reason", finish ? ordered(finish) : ordered()},
             {"seed", r.sampling.seed}, {"usage", {{"prompt_tokens", r.prompt.size()},
             {"cached_tokens", a.last.cached}, {"completion_tokens", a.ids.size()}}}};
-        for (const auto& of_token : a.logprobs) {
-            j["logprobs"].push_back(logprob_json(s, of_token[0]));
-            ordered& top = j["logprobs"].back()["top"] = ordered::array();
-            for (auto& t : std::span(of_token).subspan(1)) top.push_back(logprob_json(s, t));
-        }
+        auto show_logprob = [&](const TokenLogprob& t) { return logprob_json(s, t); };
+        if (r.logprobs >= 0) j["logprobs"] = ordered::array();
+        for (const auto& of_token : a.logprobs)
+            j["logprobs"].push_back(with_likeliest(of_token, "top", show_logprob));
         put(f.json ? j.dump() + "\n" : str("--- sample ", i, "\n", a.text, "\n"));
     }
 }

@@ -252,6 +252,34 @@ TEST_CASE("batch: chat, n, stop, logprobs and echo look as OpenAI's do") {
         CHECK(scored["logprobs"]["token_logprobs"][i] == lists["token_logprobs"][i]);
 }
 
+TEST_CASE("batch: what a message may not have is refused, not ignored") {
+    TempFolder folder;
+    const std::vector<std::pair<json, string>> wrong = {
+        {{{"role", "user"}, {"content", "Hi"}, {"name", "me"}}, "field name"},
+        {{{"role", "user"}, {"content", nullptr}}, "content"},
+        {{{"role", "user"}}, "content"},
+        {{{"role", "user"}, {"content", 7}}, "content"},
+        {{{"role", "user"}, {"content", {{{"type", "image_url"}, {"image_url", "x"}}}}}, "type text"},
+        {{{"role", "tool"}, {"content", "Hi"}}, "user"},
+    };
+    string lines;
+    for (size_t i = 0; i < wrong.size(); i++)
+        lines += request_line(str(i), {{"messages", json::array({wrong[i].first})}}, true);
+    json fine = {{"role", "user"}, {"content", "Hi"}, {"tool_calls", nullptr}};
+    lines += request_line("fine", {{"messages", json::array({fine})}, {"max_tokens", 1}}, true);
+    folder.write("in.jsonl", lines);
+    Ran r = nanocu("batch " + kDemo + " " + folder / "in.jsonl" + " -o -");
+    CHECK(r.exit == 1);
+    auto all = results_of(r.out);
+    for (size_t i = 0; i < wrong.size(); i++) {
+        json response = all.at(str(i))["response"];
+        CAPTURE(response.dump());
+        CHECK(response["status_code"] == 400);
+        CHECK(response["body"]["error"]["message"].get<string>().find(wrong[i].second) != string::npos);
+    }
+    CHECK(all.at("fine")["response"]["status_code"] == 200);
+}
+
 TEST_CASE("batch: what is not its own output is left alone; what cannot be written is told") {
     TempFolder folder;
     folder.write("in.jsonl", request_line("a", {{"prompt", {1, 2}}, {"max_tokens", 2}}));

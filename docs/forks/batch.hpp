@@ -15,7 +15,7 @@
 
 namespace fs = std::filesystem;
 
-// One line of a batch: OpenAI's batch format, as `vllm run-batch` reads and writes it.
+// One line of a batch, on its way.
 struct Job {
     Request request;
     bool chat = false, echo = false, with_logprobs = false, no_output = false;
@@ -41,15 +41,20 @@ void take_field(json& body, const char* key, T& value) {
     value = j.get<T>();
 }
 
-// The text of a message's content: a string, or a list of parts of type text.
-string content_text(const json& content) {
-    if (content.is_string()) return content;
+// A message whose content is a string, or a list of parts of type text.
+Message message_of(const json& m) {
+    for (const auto& [key, value] : m.items())
+        if (key != "role" && key != "content" && !value.is_null())
+            fail("messages: field ", key, " is not supported");
+    const json& content = m.at("content");
+    if (content.is_string()) return {m.at("role"), content};
+    if (!content.is_array()) fail("messages: content: expected a text");
     string text;
     for (const json& part : content) {
         if (part.at("type") != "text") fail("messages: only content of type text is supported");
         text += part.at("text").get<string>();
     }
-    return text;
+    return {m.at("role"), text};
 }
 
 // What a line asks for; an exception tells what is wrong with it. format: of chats, loaded once.
@@ -90,8 +95,7 @@ void read_job(const Session& s, std::optional<Chat>& format, json line, Job& job
         if (top && !job.with_logprobs) fail("top_logprobs: needs logprobs to be true");
         if (!format) format = Chat::load(f.model);
         vector<Message> list;
-        for (const json& m : messages)
-            list.push_back({m.at("role"), content_text(m.at("content"))});
+        for (const json& m : messages) list.push_back(message_of(m));
         job.prompt = format->render(list);
     } else {
         take_field(body, "echo", job.echo), take_field(body, "prompt", prompt);
@@ -137,11 +141,8 @@ ordered choice_logprobs(const Session& s, const Job& job, const Reply& reply) {
         if (of_token) for (auto& t : std::span(*of_token).subspan(1))
             tops.back()[token(t.id)] = t.logprob;
     };
-    if (job.chat) for (const auto& of_token : reply.logprobs) {
-        chat.push_back(entry(of_token[0]));
-        ordered& top = chat.back()["top_logprobs"] = ordered::array();
-        for (auto& t : std::span(of_token).subspan(1)) top.push_back(entry(t));
-    }
+    if (job.chat) for (const auto& of_token : reply.logprobs)
+        chat.push_back(with_likeliest(of_token, "top_logprobs", entry));
     if (job.chat) return {{"content", chat}};
     for (size_t i = 0; job.echo && i < job.request.prompt.size(); i++)
         add(job.request.prompt[i], i ? &reply.last.prompt_logprobs[i - 1] : nullptr);

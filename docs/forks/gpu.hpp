@@ -123,6 +123,11 @@ __global__ void embed(StepArrays s, Shape c, const int* drawn, const b16* table,
     }
 }
 
+__device__ unsigned pack(float low, float high) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *(unsigned*)&both;
+}
+
 // out [blocks, D] = RMS norm of x; rows: which ones, or null for all.
 __global__ void norm(Shape c, const float* x, const int* rows, const float* weight, b16* out) {
     wait_for_previous();
@@ -142,15 +147,9 @@ __global__ void norm(Shape c, const float* x, const int* rows, const float* weig
     float factor = rsqrtf(sum / D + c.norm_eps);
     for (int i = threadIdx.x * 4; i < D; i += blockDim.x * 4) {
         float4 v = *(const float4*)(x + i), w = *(const float4*)(weight + i);
-        *(__nv_bfloat162*)(out + i) = __floats2bfloat162_rn(v.x * factor * w.x, v.y * factor * w.y);
-        *(__nv_bfloat162*)(out + i + 2) =
-            __floats2bfloat162_rn(v.z * factor * w.z, v.w * factor * w.w);
+        *(uint2*)(out + i) = {pack(v.x * factor * w.x, v.y * factor * w.y),
+                              pack(v.z * factor * w.z, v.w * factor * w.w)};
     }
-}
-
-__device__ unsigned pack(float low, float high) {
-    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *(unsigned*)&both;
 }
 
 __device__ void load8(const float* from, float to[8]) {
