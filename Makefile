@@ -2,7 +2,7 @@
 # CXX, CXXFLAGS and LDFLAGS are respected.
 
 SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
-PARTS    := docs/forks/gpu.hpp docs/forks/batch.hpp
+PARTS    := docs/forks/gpu.hpp docs/forks/stream.hpp docs/forks/batch.hpp
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv

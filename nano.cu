@@ -75,7 +75,7 @@ struct Step {
 
 // Where steps run. Its memory for keys and values comes with reserve.
 struct Device {
-    string name;
+    string name, note;      // note: what is worth knowing, or empty
     bool overlaps = false;  // launch returns before the step is done
     virtual ~Device() = default;
     virtual size_t block_bytes() const = 0;
@@ -832,7 +832,7 @@ struct Flags : Request, EngineOptions {
     std::optional<int> top_k;
     int threads = omp_get_num_procs();
     vector<string> stop;
-    vector<int> pp = {512}, tg = {128}, rows = {1, 8};
+    vector<int> pp = {512}, tg = {128}, rows = {1, 8}, depth = {16};
 };
 
 volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C
@@ -865,6 +865,7 @@ struct Session {
         if (tokenizer && tokenizer->eos >= 0) model.config.eos.insert(tokenizer->eos);
         const string& rounded = model.weights.rounded;
         if (!rounded.empty()) std::cerr << "weights: " << rounded << ", rounded to bf16\n";
+        if (f.verbose && !engine.device->note.empty()) std::cerr << engine.device->note << '\n';
         if (f.verbose) std::cerr << str("device ", engine.device->name, ", threads ", f.threads,
             ", KV memory for ", engine.cache.blocks() * kBlockSize, " tokens, context ",
             engine.context, ", rows ", engine.options.max_rows, ", chunk ", engine.options.chunk,
@@ -1127,7 +1128,8 @@ void bench_workload(Session& s, const Workload& lengths) {
 void bench(const Flags& f) {
     Session s(f);
     const Config& c = s.model.config;
-    int longest = std::max(std::ranges::max(f.pp) + 1, std::ranges::max(f.tg) + 17);
+    int longest = std::max(std::ranges::max(f.pp) + 1,
+                           std::ranges::max(f.tg) + std::ranges::max(f.depth) + 1);
     if (longest > s.engine.context)
         fail("bench: ", longest, " tokens do not fit into the context of ", s.engine.context);
     Workload workload;
@@ -1160,8 +1162,8 @@ void bench(const Flags& f) {
     };
     if (!workload.empty()) return bench_workload(s, workload);
     for (int pp : f.pp) row(str("pp", pp), 1, pp, 0);
-    for (int tg : f.tg)
-        for (int rows : f.rows) row(str("tg", tg, " x ", rows), rows, 16, tg);
+    for (int tg : f.tg) for (int depth : f.depth) for (int rows : f.rows)
+        row(str("tg", tg, "@", depth, " x ", rows), rows, depth, tg);
 }
 
 void info(const Flags& f) {
@@ -1238,6 +1240,7 @@ int main(int argc, char** argv) {
     flag({"tokenize"}, "--chat", f.chat, "in: a JSON array of messages");
     flag({"bench"}, "--pp", f.pp, "prompt lengths", size);
     flag({"bench"}, "--tg", f.tg, "tokens to decode", size);
+    flag({"bench"}, "--depth", f.depth, "tokens before those; else 16", size);
     flag({"bench"}, "--rows", f.rows, "sequences at a time", size);
     flag({"bench"}, "--workload", f.workload, "a file of prompt and output lengths, a pair a line");
     flag(drawing, "-n,--max-tokens", f.max_tokens, "else to the end of text or context", size);

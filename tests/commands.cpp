@@ -394,7 +394,7 @@ TEST_CASE("info and bench print objects with --json, text without") {
         CHECK(row["tokens_per_s"] > 0);
         CHECK(row["of_limit"] > 0);
     }
-    CHECK(tests == vector<string>{"pp16", "tg4 x 1", "tg4 x 2"});
+    CHECK(tests == vector<string>{"pp16", "tg4@16 x 1", "tg4@16 x 2"});
     CHECK(nanocu("bench --pp 16 --tg 4 --rows 1 " + kLlama).exit == 0);  // MODEL may come last
 
     TempFolder folder;

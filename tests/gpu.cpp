@@ -42,7 +42,8 @@ struct Opened : CudaDevice {
     using CudaDevice::add_linear, CudaDevice::attend, CudaDevice::compute_logits;
     using CudaDevice::forward, CudaDevice::look_up, CudaDevice::norm_linear;
     using CudaDevice::norm_swiglu, CudaDevice::upload, CudaDevice::layers;
-    using CudaDevice::graphs, CudaDevice::stream;
+    using CudaDevice::graphs, CudaDevice::stream, CudaDevice::streams, CudaDevice::streamed_steps;
+    using CudaDevice::ready_words, CudaDevice::stream_rows;
     using CudaDevice::x, CudaDevice::qkv, CudaDevice::att, CudaDevice::h, CudaDevice::logits;
     const size_t room;  // in rows; at least one behind those of a step
 
@@ -463,6 +464,101 @@ TEST_CASE("gpu: golden models, in a batch, in chunks, with graphs and without") 
         Model m(kData + "models/" + name);
         check_golden(m, golden("models/" + name + "/golden.json"), o, 24, variant == 3);
     }
+}
+
+// Whether decodes of few rows are streamed here; where they are not, a line says so.
+bool streamed(const CudaDevice& device) {
+    bool yes = bool(device.*(&Opened::streams));
+    if (!yes) MESSAGE("skipped: ", device.note);
+    return yes;
+}
+
+TEST_CASE("gpu: golden models, streamed") {
+    for (const std::string& name : kTiny) for (int rows : {1, 2, 3, 8}) {
+        INFO(name, ", rows ", rows);
+        EngineOptions o = on_gpu(200);
+        o.max_rows = rows, o.graphs = rows != 3;
+        Model m(kData + "models/" + name);
+        if (!streamed(static_cast<CudaDevice&>(*Engine(m, o).device))) return;
+        check_golden(m, golden("models/" + name + "/golden.json"), o, 24, false);
+    }
+}
+
+// The logits of a decode step behind contexts of all kinds, streamed and by kernels op by op.
+TEST_CASE("gpu: streamed steps against the ops") {
+    const struct { const char* family; int D, F, G, KV, HD; } models[] = {
+        {"Llama", 64, 64, 1, 1, 64}, {"Qwen3", 192, 320, 2, 4, 128}, {"Qwen2", 576, 1536, 3, 3, 64},
+        {"Llama", 1024, 3072, 4, 8, 64}, {"Qwen3", 2112, 4160, 2, 8, 128},
+        {"Qwen2", 896, 4864, 7, 2, 64}, {"Llama", 4096, 8192, 8, 1, 128}};
+    const int contexts[] = {5000, 1, 15, 16, 17, 64, 300, 1000};
+    std::mt19937 random(4);
+    double largest = 0;
+    for (const auto& [family, D, F, G, KV, HD] : models) {
+        Model m = random_model(family, D, F, G * KV, KV, HD);
+        Opened gpu(m, 1000, 8, 8 * 320);
+        if (!streamed(gpu)) return;
+        const size_t V = m.config.vocab;
+        std::vector<int> blocks(8 * 320);
+        std::iota(blocks.begin(), blocks.end(), 0);
+        std::ranges::shuffle(blocks, random);
+        auto table = [&](int i) {
+            return std::vector<int>(blocks.begin() + 320 * i, blocks.begin() + 320 * (i + 1));
+        };
+        for (int i = 0; i < 8; i++)
+            for (int begin = 0; begin < contexts[i]; begin += 1000) {
+                Step step;
+                add_part(step, table(i), begin, std::min(contexts[i], begin + 1000));
+                auto [arrays, decodes, tiles] = gpu.upload(step, step.tokens());
+                gpu.forward(arrays, step.tokens(), decodes, tiles);
+            }
+        for (int rows : {1, 2, 3, 8, 5}) for (int first : {0, 3, 7}) {
+            INFO(family, ", hidden size ", D, ", rows ", rows, ", from ", first);
+            Step step;
+            for (int i = 0; i < rows; i++) {
+                int c = (first + i) % 8;
+                add_part(step, table(c), contexts[c], contexts[c] + 1);
+                step.logit_rows.push_back(i);
+            }
+            auto [arrays, decodes, tiles] = gpu.upload(step, rows);
+            gpu.poison();
+            gpu.forward(arrays, rows, decodes, tiles);
+            gpu.compute_logits(arrays.logit_rows, rows);
+            auto expected = get(gpu.logits, rows * V);
+            gpu.poison();
+            gpu.ready_words(rows);
+            gpu.stream_rows(arrays, rows);
+            auto [error, worst] = relative_errors(get(gpu.logits, rows * V), expected, rows);
+            CHECK(error < 2e-2);
+            CHECK(worst < 3e-2);
+            largest = std::max(largest, worst);
+        }
+    }
+    MESSAGE("largest error of a row: ", largest);
+}
+
+// Words are what no sanitizer checks. Blocks stop here and there for up to 20 us, differently in
+// each step; what comes out must not change by a bit.
+TEST_CASE("gpu: streamed steps with random delays") {
+    Model m = random_model("Qwen3", 512, 1024, 8, 4, 64);
+    auto ids = [&](int rows, int tokens, unsigned delays) {
+        EngineOptions o = on_gpu(400);
+        o.max_context = 12000, o.max_rows = rows;
+        Engine e(m, o);
+        auto& device = static_cast<CudaDevice&>(*e.device);
+        if (!streamed(device)) return std::vector<std::vector<int>>();
+        (device.*(&Opened::streams))->delays = delays;
+        std::vector<Request> requests;
+        for (int i = 0; i < rows; i++) {
+            Request& r = requests.emplace_back(greedy({i, 1, 2}, tokens));
+            r.ignore_eos = true, r.sampling.temperature = 1, r.sampling.seed = i;
+        }
+        std::vector<std::vector<int>> all;
+        for (auto& [key, f] : run_all(e, requests)) all.push_back(f.ids);
+        CHECK(device.*(&Opened::streamed_steps) >= tokens - 8);
+        return all;
+    };
+    for (auto [rows, tokens] : {std::pair(1, 10000), {8, 400}, {3, 400}})
+        CHECK(ids(rows, tokens, 1234) == ids(rows, tokens, 0));
 }
 
 // Few kernels on little memory, for compute-sanitizer: -tc="*sanitizers*".

@@ -4,7 +4,8 @@
 // nano.cu includes this chapter where nvcc builds it, behind the ops on the CPU and before the
 // engine; it is kept here because it does not fit into the four sources' budget of lines.
 // In reading order: what kernels see of a step, the small kernels, attention of new tokens
-// (decode_attend) and of prompts (prefill_attend), the draw, CudaDevice.
+// (decode_attend) and of prompts (prefill_attend), the draw, decodes of few rows as one kernel
+// (stream.hpp), CudaDevice.
 #pragma once
 
 #include <cublas_v2.h>
@@ -321,10 +322,12 @@ struct Attended {
 };
 
 // All parts as one.
-template <class Part>
-__device__ Attended merge(int count, Part part) {
+template <int kUnroll = 1>
+__device__ Attended merge(int count, auto part) {
     Attended all = {-1e30f, 0, 0};
+    #pragma unroll kUnroll
     for (int i = 0; i < count; i++) all.top = fmaxf(all.top, part(i).top);
+    #pragma unroll kUnroll
     for (int i = 0; i < count; i++) {
         Attended one = part(i);
         float factor = exp2f(one.top - all.top);
@@ -418,7 +421,7 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, A
     Attended* parts = partial + size_t(unit) * gridDim.z * G * HD;  // [splits, G, HD]
     b16* to = att + (size_t(row) * c.heads + head * G) * HD;
     for (int i = threadIdx.x; i < G * HD; i += blockDim.x) {
-        Attended all = merge(kDecodeWarps, [&](int w) {
+        Attended all = merge<kDecodeWarps>(kDecodeWarps, [&](int w) {
             return Attended{tops[w][i / HD], sums[w][i / HD], outs[w][i / HD][i % HD]};
         });
         if (splits == 1) to[i] = b16(all.out / all.sum);
@@ -426,7 +429,7 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, A
     }
     if (splits == 1 || !comes_last(&tickets[unit], splits)) return;
     for (int i = threadIdx.x; i < G * HD; i += blockDim.x) {
-        Attended all = merge(splits, [&](int z) { return parts[z * G * HD + i]; });
+        Attended all = merge<4>(splits, [&](int z) { return parts[z * G * HD + i]; });
         to[i] = b16(all.out / all.sum);
     }
 }
@@ -446,58 +449,66 @@ struct Barrier {
         asm volatile("fence.proxy.async;" ::: "memory");  // the copy engine uses it, too
 #endif
     }
-    __device__ void arrive() {
-        asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(
-                         shared_address(&word)) : "memory");
+    __device__ static void arrive(unsigned at) {  // at: its address in shared memory
+        asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at)
+                     : "memory");
     }
-    __device__ void wait(int parity) {
-        for (unsigned done = 0; !done;)
+    __device__ static bool test(unsigned at, int parity) {
+        unsigned done;
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+                     " selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(at), "r"(parity) : "memory");
+        return done;
+    }
+    __device__ static void wait(unsigned at, int parity) {
 #if __CUDA_ARCH__ >= 900
+        for (unsigned done = 0; !done;)  // sleeps for a while
             asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2;"
+                         " selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(at), "r"(parity)
+                         : "memory");
 #else
-            asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
+        while (!test(at, parity)) {}
 #endif
-                         " selp.u32 %0, 1, 0, p; }" : "=r"(done)
-                         : "r"(shared_address(&word)), "r"(parity) : "memory");
     }
+    __device__ void arrive() { arrive(shared_address(&word)); }
+    __device__ void wait(int parity) { wait(shared_address(&word), parity); }
 };
 
-// Brings pages [kPage], j -> page(j), into shared memory, by one warp; full is told when they are
-// there. On Hopper the copy engine does it, elsewhere the lanes fetch 16 bytes each.
+// Brings pages [kPage], j -> page(j), to an address in shared memory, by one warp; the barrier at
+// another, full, is told when they are there. On Hopper the copy engine does it, asked by so many
+// lanes; elsewhere all lanes fetch 16 bytes each.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int kFetchers = 1;  // arrivals at full
-template <int kPage>
-__device__ void fetch_pages(int count, auto page, b16* to, Barrier& full) {
+template <int kPage, int kLanes = 32>
+__device__ void fetch_pages(int count, auto page, unsigned to, unsigned full) {
     int lane = threadIdx.x % 32, bytes = kPage * sizeof(b16);
     if (lane == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(
-                         shared_address(&full)), "r"(count * bytes) : "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full),
+                     "r"(count * bytes) : "memory");
     __syncwarp();
-    for (int j = lane; j < count; j += 32)
+    for (int j = lane; j < count && lane < kLanes; j += kLanes)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                     " [%0], [%1], %2, [%3];" ::"r"(shared_address(to + j * kPage)), "l"(page(j)),
-                     "r"(bytes), "r"(shared_address(&full)) : "memory");
+                     " [%0], [%1], %2, [%3];" ::"r"(to + j * bytes), "l"(page(j)), "r"(bytes),
+                     "r"(full) : "memory");
 }
 #else
 constexpr int kFetchers = 32;
-template <int kPage>
-__device__ void fetch_pages(int count, auto page, b16* to, Barrier& full) {
+template <int kPage, int kLanes = 32>
+__device__ void fetch_pages(int count, auto page, unsigned to, unsigned full) {
     for (int j = 0; j < count; j++) {
         const b16* from = page(j);
         for (int i = threadIdx.x % 32 * 8; i < kPage; i += 256)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                             shared_address(to + j * kPage + i)), "l"(from + i));
+                             to + unsigned(sizeof(b16)) * (j * kPage + i)), "l"(from + i));
     }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full))
-                 : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory");
 }
 #endif
 
-// Four 8x8 matrices that lie one after the other, each transposed if so.
+// Four 8x8 matrices, each transposed if so; at: where, in shared memory, the row lane % 8 of the
+// matrix lane / 8 is.
 template <bool kTransposed>
-__device__ uint4 load_matrices(const b16* shared) {
+__device__ uint4 ldmatrix(unsigned at) {
     uint4 m;
-    unsigned at = shared_address(shared + threadIdx.x % 32 * 8);
     if (kTransposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w) : "r"(at) : "memory");
@@ -505,6 +516,10 @@ __device__ uint4 load_matrices(const b16* shared) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w) : "r"(at) : "memory");
     return m;
+}
+template <bool kTransposed>
+__device__ uint4 load_matrices(const b16* shared) {  // that lie one after the other
+    return ldmatrix<kTransposed>(shared_address(shared + threadIdx.x % 32 * 8));
 }
 
 // sum [64, N] = (with add: +=) a [64, 16] b [16, N] by the four warps of a warpgroup (Hopper): a in
@@ -679,7 +694,8 @@ __device__ void fetch_tiles(int tiles, auto page, b16* shared, Barrier (*full)[2
             empty[kind][j % 2].wait(j / 2 % 2 ^ 1);
             auto of_tile = [&](int i) { return page(j * kPages + i, kind); };
             b16* to = shared + (2 * kind + j % 2) * kKeys * HD;
-            fetch_pages<kBlockSize * HD>(kPages, of_tile, to, full[kind][j % 2]);
+            fetch_pages<kBlockSize * HD>(kPages, of_tile, shared_address(to),
+                                         shared_address(&full[kind][j % 2]));
         }
 }
 
@@ -1017,6 +1033,13 @@ __global__ void penalize_all(const Penalty* list, int count, float* logits, int 
         ::penalize(logits[size_t(list[i].row) * V + list[i].id], list[i].sampling, list[i].count);
 }
 
+}  // namespace cuda
+
+#include "stream.hpp"
+
+namespace cuda {
+
+// One layer of each array below.
 struct DeviceLayer {
     float *attn_norm, *mlp_norm, *q_norm = nullptr, *k_norm = nullptr, *bias = nullptr;
     b16 *qkv, *o, *gate_up, *down;
@@ -1076,6 +1099,10 @@ public:
         prefill_shared = 4 * (hopper ? 128 : 64) * c.head_dim * sizeof(b16);
         check(cudaFuncSetAttribute(prefill, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(prefill_shared)), "prefill_attend");
+        if (!hopper) note = "GPU older than Hopper";
+        else if (c.hidden % 64 || c.intermediate % 64) note = "sizes are not multiples of 64";
+        else if (!set_up_streaming(device)) note = "its shared memory does not fit";
+        if (!note.empty()) note = "decodes of few rows are not streamed: " + note;
     }
     CudaDevice(const CudaDevice&) = delete;
     ~CudaDevice() override {
@@ -1107,19 +1134,23 @@ public:
         bool plain = std::ranges::none_of(step.draws, [](const Draw& d) {
             return d.logprobs >= 0 || d.sampling.has_penalties();
         });
-        bool decode = T == rows && int(step.draws.size()) == T && T <= kGraphRows && plain;
-        int padded = !decode ? T : T <= 16 ? std::bit_ceil(unsigned(T)) : (T + 15) / 16 * 16;
+        bool decode = T == rows && int(step.draws.size()) == T && T <= kGraphRows &&
+                      int(step.logit_rows.size()) == T;  // so each row has one draw
+        bool streamed = streams && decode && T <= kStreamRows, captured = decode && plain;
+        int padded = !captured ? T : T <= 16 ? std::bit_ceil(unsigned(T)) : (T + 15) / 16 * 16;
         auto [s, decodes, tiles] = upload(step, padded);
+        if (streamed) ready_words(T);
         for (auto [from, to] : step.copies)
             check(cudaMemcpyAsync(kv + c.page(to, 0, 0), kv + c.page(from, 0, 0), block_bytes(),
                                   cudaMemcpyDeviceToDevice, stream), "copy of a block");
-        if (decode && graphs_on) {
+        if (captured && graphs_on) {
             auto& graph = graphs[{padded, turn}];
             if (!graph) graph = capture(s, padded);
             check(cudaGraphLaunch(graph, stream), "graph");
         } else {
-            forward(s, T, decodes, tiles);
-            sample_groups(s, step);
+            if (streamed) stream_rows(s, T);
+            else forward(s, T, decodes, tiles);
+            sample_groups(s, step, streamed);
         }
         check(cudaEventRecord(slots[turn].done, stream), "step");
     }
@@ -1200,34 +1231,50 @@ protected:  // tests look at each op
         return to;
     }
 
-    // Matrices of equal width, one under the other; they are copied later, all at a time.
-    b16* stack(std::initializer_list<Matrix> parts) {
-        size_t count = 0, at = 0;
-        for (const Matrix& part : parts) count += size_t(part.rows) * part.cols;
-        b16* to = make<b16>(count);
+    // Puts matrices of equal width one under the other; they are copied later, all at a time.
+    // Returns where they end.
+    b16* stack(b16* to, std::initializer_list<Matrix> parts) {
         for (const Matrix& part : parts) {
             size_t size = size_t(part.rows) * part.cols;
             for (size_t i = 0; i < size; i += kPiece / 2)
-                pieces.push_back({part.data + i, to + at + i, std::min(size - i, kPiece / 2) * 2});
-            at += size;
+                pieces.push_back({part.data + i, to + i, std::min(size - i, kPiece / 2) * 2});
+            to += size;
         }
         return to;
     }
 
+    // A vector of each layer, one behind the other; the last of attn_norm is final_norm.
+    float* stack(vector<float> Layer::* member) {
+        vector<float> all;
+        for (const Layer& l : model.layers)
+            all.insert(all.end(), (l.*member).begin(), (l.*member).end());
+        if (member == &Layer::attn_norm)
+            all.insert(all.end(), model.final_norm.begin(), model.final_norm.end());
+        return all.empty() ? nullptr : to_device(all);
+    }
+
     void load_weights() {
-        const Config& config = model.config;
-        for (const Layer& l : model.layers) {
-            DeviceLayer d;
-            d.attn_norm = to_device(l.attn_norm), d.mlp_norm = to_device(l.mlp_norm);
-            if (!l.q_norm.empty()) d.q_norm = to_device(l.q_norm), d.k_norm = to_device(l.k_norm);
-            if (config.type == "qwen2") d.bias = to_device(l.bias);
-            d.qkv = stack({l.q, l.k, l.v}), d.o = stack({l.o});
-            d.gate_up = stack({l.gate, l.up}), d.down = stack({l.down});
+        const size_t D = c.hidden, F = c.intermediate, Q = size_t(c.heads) * c.head_dim;
+        const size_t L = c.layers, HD = c.head_dim, N = c.qkv();
+        all = {stack(&Layer::attn_norm), stack(&Layer::mlp_norm), stack(&Layer::q_norm),
+               stack(&Layer::k_norm),
+               model.config.type == "qwen2" ? stack(&Layer::bias) : nullptr,
+               make<b16>(L * N * D), make<b16>(L * Q * D), make<b16>(L * 2 * F * D),
+               make<b16>(L * F * D)};
+        for (size_t i = 0; i < L; i++) {
+            const Layer& l = model.layers[i];
+            auto of = [&](float* array, size_t n) { return array ? array + i * n : nullptr; };
+            DeviceLayer d = {of(all.attn_norm, D), of(all.mlp_norm, D), of(all.q_norm, HD),
+                             of(all.k_norm, HD), of(all.bias, N), all.qkv + i * N * D,
+                             all.o + i * Q * D, all.gate_up + i * 2 * F * D, all.down + i * F * D};
+            stack(d.qkv, {l.q, l.k, l.v}), stack(d.o, {l.o});
+            stack(d.gate_up, {l.gate, l.up}), stack(d.down, {l.down});
             layers.push_back(d);
         }
-        final_norm = to_device(model.final_norm);
-        embedding = stack({model.embed});
-        lm_head = config.tied ? embedding : stack({model.lm_head});
+        final_norm = all.attn_norm + L * D;
+        embedding = lm_head = make<b16>(c.vocab * D);
+        stack(embedding, {model.embed});
+        if (!model.config.tied) stack(lm_head = make<b16>(c.vocab * D), {model.lm_head});
         copy_pieces();
     }
 
@@ -1388,6 +1435,89 @@ protected:  // tests look at each op
         }
     }
 
+    // False if shared memory does not suffice.
+    bool set_up_streaming(const cudaDeviceProp& device) {
+        int D = c.hidden, N = c.qkv(), F = c.intermediate, Q = c.heads * c.head_dim, L = c.layers;
+        stream_blocks = std::min({device.multiProcessorCount, kStreamBlocks, (N + 7) / 8});
+        stream_kernel = c.head_dim == 64 ? stream_step<64> : stream_step<128>;
+        cudaFuncAttributes code;
+        check(cudaFuncGetAttributes(&code, stream_kernel), "stream_step");
+        stream_shared = int(device.sharedMemPerBlockOptin - code.sharedSizeBytes);
+        check(cudaFuncSetAttribute(stream_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   stream_shared), "stream_step");
+        if (slots_beside(kStreamRows) < 5 || kStreamRows * c.kv_heads > kMaxUnits * stream_blocks)
+            return false;
+        maps = {{map_weights(all.qkv, N, D, L), map_weights(all.o, D, Q, L),
+                 map_weights(all.gate_up, 2 * F, D, L), map_weights(all.down, D, F, L),
+                 map_weights(lm_head, c.vocab, D, 1)}};
+        size_t parts = size_t(std::max(stream_blocks, kStreamRows * c.kv_heads)) * Q / c.kv_heads;
+        size_t words = kStreamRows * (D + N + Q + size_t(F));
+        words_bytes = parts * sizeof(uint4) + words * 4 + kStreamRows * kStreamBlocks * 8 + 4;
+        streams = {.c = c, .embedding = embedding, .inv_freq = inv_freq,
+                   .attn_norms = all.attn_norm, .mlp_norms = all.mlp_norm, .q_norms = all.q_norm,
+                   .k_norms = all.k_norm, .bias = all.bias, .drawn = drawn, .logits = logits};
+        streams->parts = (uint4*)make<char>(words_bytes);
+        streams->squares = (uint64_t*)(streams->parts + parts);
+        streams->x = (unsigned*)(streams->squares + kStreamRows * kStreamBlocks);
+        streams->qkv = streams->x + kStreamRows * D;
+        streams->att = streams->qkv + kStreamRows * N;
+        streams->h = streams->att + kStreamRows * Q;
+        streams->step = streams->h + kStreamRows * F;
+        return true;
+    }
+
+    // w [layers, N, K], for boxes of 8 rows.
+    static CUtensorMap map_weights(const b16* w, size_t N, size_t K, size_t layers) {
+        CUtensorMap map;
+        void* encode;
+        cudaDriverEntryPointQueryResult found;
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                               cudaEnableDefault, &found), "tensor map");
+        cuuint64_t sizes[] = {64, N, K / 64, layers}, strides[] = {2 * K, 128, 2 * N * K};
+        cuuint32_t box[] = {64, 8, cuuint32_t(std::min<size_t>(kPieceChunks / 2, K / 64)), 1};
+        cuuint32_t ones[] = {1, 1, 1, 1};
+        if (decltype(&cuTensorMapEncodeTiled)(encode)(
+                &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void*)w, sizes, strides, box, ones,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+            fail("CUDA: no map of a matrix of ", N, " x ", K);
+        return map;
+    }
+
+    // Clears the words before a step for which old ones may be there: see stream.hpp.
+    void ready_words(int rows) {
+        if (rows <= streamed_rows && ++streamed_steps < 1 << 20) {
+            streamed_rows = rows;
+            return;
+        }
+        streamed_rows = rows, streamed_steps = 0;
+        check(cudaMemsetAsync(streams->parts, 0, words_bytes, stream), "words");
+    }
+
+    // Slots of the ring of a step with so many columns.
+    int slots_beside(int columns) const {
+        auto floats = c.head_dim == 64 ? stream_floats<64> : stream_floats<128>;
+        int taken = floats(c, columns, stream_blocks, 3) * int(sizeof(float)) + 1024;
+        return std::min((stream_shared - taken) / kSlotBytes, kMaxSlots);
+    }
+
+    // A step of up to T rows, up to its logits.
+    void stream_rows(const StepArrays& s, int T) {
+        streams->s = s, streams->kv = kv, streams->columns = int(std::bit_ceil(unsigned(T)));
+        streams->slots = slots_beside(streams->columns);
+        // large layers need the memory's bandwidth, small ones words that do not queue behind it
+        size_t layer = sizeof(b16) * (size_t(c.qkv() + c.heads * c.head_dim) * c.hidden +
+                                      size_t(3) * c.intermediate * c.hidden);
+        bool large = layer / stream_blocks > size_t(4 * streams->slots) * kSlotBytes;
+        streams->in_flight = large ? 4 : 2;
+        cudaLaunchAttribute all_at_once;
+        all_at_once.id = cudaLaunchAttributeCooperative;
+        all_at_once.val.cooperative = 1;
+        cudaLaunchConfig_t config = {dim3(stream_blocks), dim3(kStreamThreads),
+                                     size_t(stream_shared), stream, &all_at_once, 1};
+        check(cudaLaunchKernelEx(&config, stream_kernel, maps, *streams), "stream_step");
+    }
+
     void compute_logits(const int* rows, int count) {
         norm_linear<Into::logits>(count, rows, final_norm, lm_head, c.vocab, logits);
     }
@@ -1402,8 +1532,8 @@ protected:  // tests look at each op
         cudaGraph_t graph;
         cudaGraphExec_t exec;
         check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-        forward(s, T, T, 0);
-        compute_logits(s.logit_rows, T);
+        if (streams && T <= kStreamRows) stream_rows(s, T);
+        else forward(s, T, T, 0), compute_logits(s.logit_rows, T);
         draw(s.draws, T, drawn, slots[turn].drawn);
         check(cudaStreamEndCapture(stream, &graph), "capture");
         check(cudaGraphInstantiate(&exec, graph), "graph");
@@ -1412,7 +1542,8 @@ protected:  // tests look at each op
     }
 
     // The draws of a step that is not captured, for kGraphRows rows of logits at a time.
-    void sample_groups(const StepArrays& s, Step& step) {
+    // done: the logits are there.
+    void sample_groups(const StepArrays& s, Step& step, bool done) {
         auto d = step.draws.begin();
         for (int begin = 0; begin < int(step.logit_rows.size()); begin += kGraphRows) {
             int count = std::min(kGraphRows, int(step.logit_rows.size()) - begin);
@@ -1423,7 +1554,7 @@ protected:  // tests look at each op
                 scored |= d->logprobs >= 0;
                 if (d->row != std::exchange(last, d->row)) add_penalties(*d, penalties);
             }
-            compute_logits(s.logit_rows + begin, count);
+            if (!done) compute_logits(s.logit_rows + begin, count);
             vector<float> host(scored ? size_t(count) * c.vocab : 0);
             if (scored) check(cudaMemcpyAsync(host.data(), logits, host.size() * sizeof(float),
                                               cudaMemcpyDeviceToHost, stream), "logits");
@@ -1478,6 +1609,7 @@ protected:  // tests look at each op
     cublasHandle_t blas = nullptr;
     vector<void*> owned;
     vector<Piece> pieces;  // of weights, to be copied
+    DeviceLayer all;  // layers, one behind the other
     vector<DeviceLayer> layers;
     b16 *embedding, *lm_head, *normed, *qkv, *att, *gate_up, *h, *kv = nullptr;
     float *final_norm, *inv_freq, *x, *logits, *angles;
@@ -1488,6 +1620,12 @@ protected:  // tests look at each op
     DrawScratch* scratch;
     Slot slots[2];
     std::map<std::pair<int, bool>, cudaGraphExec_t> graphs;  // by rows, slot
+
+    std::optional<StreamArguments> streams;  // of stream_step, if it is used
+    StreamMaps maps;
+    decltype(&stream_step<64>) stream_kernel;
+    int stream_shared, stream_blocks, streamed_rows = 0, streamed_steps = 0;
+    size_t words_bytes;
 };
 
 }  // namespace cuda
