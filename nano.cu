@@ -619,6 +619,13 @@ public:
         return requests++;
     }
 
+    // Blocks in use, and their slots that hold no token yet.
+    std::pair<int, int> memory_use() const {
+        int unused = 0;
+        for (auto& s : running) unused += int(s->table.size()) * kBlockSize - s->computed;
+        return {cache.blocks() - cache.free(), unused};
+    }
+
     bool busy() const { return !running.empty() || !waiting.empty() || flying.step; }
 
     // One iteration: schedule, run, sample, collect. Returns at most one Output a sequence. On a
@@ -1119,10 +1126,17 @@ void bench_workload(Session& s, const Workload& lengths) {
         r.sampling.temperature = 0.6f;
         s.engine.add(r);
     }
-    double start = now(), tokens = run_to_end(s.engine), seconds = now() - start;
+    double start = now(), tokens = 0;
+    std::pair<int, int> peak;  // blocks, unused slots
+    while (s.engine.busy() && !interrupted) {
+        tokens += double(s.engine.step().size());
+        peak = std::max(peak, s.engine.memory_use());
+    }
+    double seconds = now() - start, slots = double(peak.first) * kBlockSize;
     if (!interrupted) put_object({{"workload", s.f.workload}, {"seconds", seconds},
         {"new_tokens", tokens}, {"tokens_per_s", tokens / seconds},
-        {"preemptions", s.engine.preemptions}}, s.f.json);
+        {"preemptions", s.engine.preemptions}, {"blocks_at_peak", peak.first},
+        {"unused_at_peak", peak.second / slots}}, s.f.json);
 }
 
 void bench(const Flags& f) {

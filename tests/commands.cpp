@@ -401,6 +401,9 @@ TEST_CASE("info and bench print objects with --json, text without") {
     folder.write("workload", "20 5\n100 7\n");
     json run = json_lines("bench " + kLlama + " --workload " + (folder / "workload")).back();
     CHECK(run["new_tokens"] == 12);
+    CHECK(run["blocks_at_peak"] == 9);  // of 24 and 106 tokens, for the last ids are never computed
+    CHECK(run["unused_at_peak"] > 0);
+    CHECK(run["unused_at_peak"] < 0.2);
     for (const char* bad : {"", "20", "20 5\n30", "20 5\n0 5\n", "20 5\nabc\n", "5000 5\n",
                             "20 0\n"}) {
         folder.write("bad", bad);
