@@ -476,7 +476,7 @@ struct Barrier {
 // Brings pages [kPage], j -> page(j), to an address in shared memory, by one warp; the barrier at
 // another, full, is told when they are there. On Hopper the copy engine does it, asked by so many
 // lanes; elsewhere all lanes fetch 16 bytes each.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if __CUDA_ARCH__ >= 900
 constexpr int kFetchers = 1;  // arrivals at full
 template <int kPage, int kLanes = 32>
 __device__ void fetch_pages(int count, auto page, unsigned to, unsigned full) {

@@ -30,8 +30,8 @@
 // block in which all its warps had read what they need of the word's vector; or, for x behind
 // attention, by units that had read all queries, keys and values, which were stored so. A block
 // without units of a matrix reads nothing for it, and each has some of qkv. Why a tag is not
-// mistaken: an old word has the tag of the use before, which is less by 1 or 2 (or by 2 (L + 1)),
-// and every use replaces all words of its rows. When a step has more rows than the one before, the
+// mistaken: an old word has the tag of the use before, which is less by 1, 2 or 4, and every use
+// replaces all words of its rows. When a step has more rows than the one before, the
 // words of the others are older: then the host clears all of them, and steps count from 0 again.
 // The words carry all that is handed on, so no fences are needed. All blocks must be on the GPU at
 // the same time, which a cooperative launch makes sure of, or fails.
@@ -304,6 +304,7 @@ struct Producer {
             }
 #endif
         }
+        __syncwarp();  // each lane waits for itself; none may fall behind by a turn of the ring
         ring.next();
     }
 
