@@ -474,25 +474,25 @@ struct Barrier {
 };
 
 // Brings pages [kPage], j -> page(j), to an address in shared memory, by one warp; the barrier at
-// another, full, is told when they are there. On Hopper the copy engine does it, asked by so many
-// lanes; elsewhere all lanes fetch 16 bytes each.
+// another, full, is told when they are there. On Hopper the copy engine does it, elsewhere the lanes
+// fetch 16 bytes each.
 #if __CUDA_ARCH__ >= 900
 constexpr int kFetchers = 1;  // arrivals at full
-template <int kPage, int kLanes = 32>
+template <int kPage>
 __device__ void fetch_pages(int count, auto page, unsigned to, unsigned full) {
     int lane = threadIdx.x % 32, bytes = kPage * sizeof(b16);
     if (lane == 0)
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full),
                      "r"(count * bytes) : "memory");
     __syncwarp();
-    for (int j = lane; j < count && lane < kLanes; j += kLanes)
+    for (int j = lane; j < count; j += 32)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
                      " [%0], [%1], %2, [%3];" ::"r"(to + j * bytes), "l"(page(j)), "r"(bytes),
                      "r"(full) : "memory");
 }
 #else
 constexpr int kFetchers = 32;
-template <int kPage, int kLanes = 32>
+template <int kPage>
 __device__ void fetch_pages(int count, auto page, unsigned to, unsigned full) {
     for (int j = 0; j < count; j++) {
         const b16* from = page(j);

@@ -318,8 +318,7 @@ struct Producer {
                 for (int j = 0; j < 2; j++) {
                     int first = p + j * kPages;
                     one_more(2 * a.in_flight);  // few blocks do this, and all wait for them
-                    // by one lane: racecheck takes copies of others for unannounced
-                    fetch_pages<kPage, 1>(2 * max(0, min(kPages, u.last - first)), [&](int part) {
+                    fetch_pages<kPage>(2 * max(0, min(kPages, u.last - first)), [&](int part) {
                         return a.kv + a.c.page(u.table[first + part / 2], layer, u.head) +
                                part % 2 * a.c.value_offset();
                     }, ring.at() + j * kSlotBytes / 2, ring.full_at(j));
