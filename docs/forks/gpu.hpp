@@ -337,6 +337,29 @@ __device__ Attended merge(int count, auto part) {
     return all;
 }
 
+// The online softmax (Milakov and Gimelshein 2018) of 16 tokens more. Their products K Q^T, of which
+// p has those of two tokens with heads 2t, 2t + 1, become weights exp2(score - top), and what was
+// summed up until now, of the same heads, is made to fit. in0, in1: whether the tokens count.
+// Returns the weights as B of a product.
+template <int HD>
+__device__ uint2 weigh(float p[4], bool in0, bool in1, float (*o)[4], float top[2], float sum[2]) {
+    const float scale = rsqrtf(HD) * 1.44269504f;  // for exp2
+    #pragma unroll
+    for (int e = 0; e < 2; e++) {
+        float a = in0 ? p[e] * scale : -INFINITY, z = in1 ? p[e + 2] * scale : -INFINITY;
+        float m = fmaxf(a, z);
+        for (int x = 4; x < 32; x *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
+        m = fmaxf(m, top[e]);
+        float factor = exp2f(top[e] - m);
+        top[e] = m;
+        p[e] = exp2f(a - m), p[e + 2] = exp2f(z - m);
+        sum[e] = sum[e] * factor + p[e] + p[e + 2];
+        #pragma unroll
+        for (int i = 0; i < HD / 16; i++) o[i][e] *= factor, o[i][e + 2] *= factor;
+    }
+    return {transpose(pack(p[0], p[1])), transpose(pack(p[2], p[3]))};
+}
+
 // Attention of one new token a sequence: a block for each row, kv head and part of the context, its
 // warps taking turns at the 16-token blocks. Products are S^T = K Q^T and O^T = V^T P^T, so that
 // the up to 8 query heads of the kv head are the 8 columns of the mma, and keys go from memory
@@ -358,7 +381,6 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, A
     uint4 q[HD / 32] = {};
     for (int j = 0; j < HD / 32 && g < G; j++)
         q[j] = *(const uint4*)(qkv + size_t(row) * c.qkv() + (head * G + g) * HD + 32 * j + 8 * t);
-    const float scale = rsqrtf(HD) * 1.44269504f;  // for exp2
     float o[HD / 16][4] = {}, top[2] = {-1e30f, -1e30f}, sum[2] = {};  // of heads 2t, 2t + 1
     int token = g / 2 + g % 2 * 4;  // of row g of S^T; row g + 8 is 8 further
     for (int b = first + warp; b < last; b += kDecodeWarps) {
@@ -385,20 +407,7 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, A
             mma(p, k0[j].z, k1[j].z, k0[j].w, k1[j].w, q[j].z, q[j].w);
         }
         bool in0 = b * kBlockSize + token < n, in1 = b * kBlockSize + token + 8 < n;
-        #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float a = in0 ? p[e] * scale : -INFINITY, z = in1 ? p[e + 2] * scale : -INFINITY;
-            float m = fmaxf(a, z);
-            for (int x = 4; x < 32; x *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
-            m = fmaxf(m, top[e]);
-            float factor = exp2f(top[e] - m);
-            top[e] = m;
-            p[e] = exp2f(a - m), p[e + 2] = exp2f(z - m);
-            sum[e] = sum[e] * factor + p[e] + p[e + 2];
-            #pragma unroll
-            for (int i = 0; i < HD / 16; i++) o[i][e] *= factor, o[i][e + 2] *= factor;
-        }
-        unsigned p0 = transpose(pack(p[0], p[1])), p1 = transpose(pack(p[2], p[3]));
+        auto [p0, p1] = weigh<HD>(p, in0, in1, o, top, sum);
         #pragma unroll
         for (int i = 0; i < HD / 16; i++)
             mma(o[i], values(i, 0), values(i + HD / 16, 0), values(i, 2), values(i + HD / 16, 2),
@@ -474,8 +483,8 @@ struct Barrier {
 };
 
 // Brings pages [kPage], j -> page(j), to an address in shared memory, by one warp; the barrier at
-// another, full, is told when they are there. On Hopper the copy engine does it, elsewhere the lanes
-// fetch 16 bytes each.
+// another, full, is told when they are there. On Hopper the copy engine does it, elsewhere the
+// lanes fetch 16 bytes each.
 #if __CUDA_ARCH__ >= 900
 constexpr int kFetchers = 1;  // arrivals at full
 template <int kPage>
@@ -1099,7 +1108,7 @@ public:
         prefill_shared = 4 * (hopper ? 128 : 64) * c.head_dim * sizeof(b16);
         check(cudaFuncSetAttribute(prefill, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(prefill_shared)), "prefill_attend");
-        if (!hopper) note = "GPU older than Hopper";
+        if (!hopper) note = "this build has no code for Hopper that this GPU runs";
         else if (c.hidden % 64 || c.intermediate % 64) note = "sizes are not multiples of 64";
         else if (!set_up_streaming(device)) note = "its shared memory does not fit";
         if (!note.empty()) note = "decodes of few rows are not streamed: " + note;

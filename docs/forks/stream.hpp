@@ -554,7 +554,6 @@ struct Consumer {
     __device__ void add_page(const b16* keys, int tokens, int G, float (*o)[4], float top[2],
                              float sum[2]) {
         const b16* values = keys + HD * kBlockSize;
-        const float scale = rsqrtf(HD) * 1.44269504f;  // for exp2
         float p[4] = {};
         #pragma unroll
         for (int i = 0; i < HD / 32; i++) {
@@ -565,20 +564,7 @@ struct Consumer {
             mma(p, low.x, high.x, low.y, high.y, q.x, q.y);
             mma(p, low.z, high.z, low.w, high.w, q.z, q.w);
         }
-        #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float y = g < tokens ? p[e] * scale : -INFINITY;
-            float z = g + 8 < tokens ? p[e + 2] * scale : -INFINITY, m = fmaxf(y, z);
-            for (int n = 4; n < 32; n *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, n));
-            m = fmaxf(m, top[e]);
-            float factor = exp2f(top[e] - m);
-            top[e] = m;
-            p[e] = exp2f(y - m), p[e + 2] = exp2f(z - m);
-            sum[e] = sum[e] * factor + p[e] + p[e + 2];
-            #pragma unroll
-            for (int i = 0; i < HD / 16; i++) o[i][e] *= factor, o[i][e + 2] *= factor;
-        }
-        unsigned p0 = transpose(pack(p[0], p[1])), p1 = transpose(pack(p[2], p[3]));
+        auto [p0, p1] = weigh<HD>(p, g < tokens, g + 8 < tokens, o, top, sum);
         #pragma unroll
         for (int i = 0; i < HD / 32; i++) {
             uint4 low = load_matrices<true>(values + 256 * i);
