@@ -3,6 +3,7 @@
 
 SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
 PARTS    := docs/forks/gpu.hpp docs/forks/stream.hpp docs/forks/batch.hpp
+FORKS    := $(patsubst docs/forks/%.cu,build/forks/%,$(wildcard docs/forks/*.cu))
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
@@ -31,7 +32,7 @@ define compile_gpu
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build gpu model test test-gpu test-sanitize lines packages clean distclean
+.PHONY: help demo build forks gpu model test test-gpu test-sanitize lines packages clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +43,11 @@ demo: nanocu $(MODEL)/config.json  ## install, build and fetch what is missing, 
 build: nanocu  ## the binary, ./nanocu
 
 nanocu: $(SOURCES) $(PARTS) | packages
+	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
+
+forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
+
+build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
 gpu: build/gpu/nanocu  ## the binary with the GPU in it, build/gpu/nanocu; needs nvcc
@@ -81,7 +87,7 @@ define run_tests
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
+test: build/tests nanocu forks $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.

@@ -16,6 +16,7 @@
 #include <charconv>
 #include <csignal>
 #include <deque>
+#include <functional>
 #include <iostream>
 #include <numeric>
 #include <optional>
@@ -1200,110 +1201,160 @@ void info(const Flags& f) {
 // so that other work on the machine can go on. libgomp reads this before main.
 __attribute__((constructor(101))) void wait_briefly() { setenv("GOMP_SPINCOUNT", "1000", 0); }
 
+const auto kSize = CLI::Range(1, 1 << 24);  // of flags that count
+
+// The flags of a program, and how its errors are shown. The programs in docs/forks use it, too.
+struct CommandLine {
+    Flags f = {};
+    CLI::App app;
+    const vector<string> own = {""};  // as the commands of a flag: the program has no commands
+
+    explicit CommandLine(const string& what) : app(what) {
+        f.sampling.seed = std::random_device()();
+        app.set_version_flag("--version", name() + " 0.1");
+    }
+
+    // The program's: of what it is, what stands before the colon.
+    string name() const {
+        return app.get_description().substr(0, app.get_description().find(':'));
+    }
+
+    CLI::App* command(const string& name) { return name.empty() ? &app : app.get_subcommand(name); }
+
+    // A flag of some commands; check may refuse or change its value.
+    void flag(const vector<string>& commands, const char* name, auto& value, const char* what,
+              const CLI::Validator& check = {}) {
+        using T = std::decay_t<decltype(value)>;
+        for (const string& to : commands) {
+            CLI::App* c = command(to);
+            if constexpr (std::is_same_v<T, bool>) c->add_flag(name, value, what);
+            else c->add_option(name, value, what)->transform(check)->allow_extra_args(false)
+                ->delimiter(std::is_same_v<T, vector<int>> ? ',' : '\0');
+        }
+    }
+
+    void model(const string& name) {
+        command(name)->add_option("MODEL", f.model, "a model's folder, as Hugging Face has it")
+            ->required();
+    }
+
+    void text_flags(const vector<string>& commands) {
+        flag(commands, "-p,--prompt", f.text, "the text");
+        flag(commands, "-f,--file", f.file, "a file with the text; without -p and -f: stdin");
+    }
+
+    void truncation_flags(const vector<string>& commands) {
+        flag(commands, "-t,--temperature", f.temperature, "0: always the likeliest");
+        flag(commands, "-k,--top-k", f.top_k, "only the k likeliest; 0: all");
+        flag(commands, "--top-p", f.top_p, "only the likeliest that together have p; 1: all");
+        flag(commands, "--min-p", f.min_p, "only those with p times the largest probability");
+    }
+
+    void drawing_flags(const vector<string>& to) {
+        truncation_flags(to);
+        flag(to, "-n,--max-tokens", f.max_tokens, "else to the end of text or context", kSize);
+        flag(to, "--repetition-penalty", f.repetition_penalty, "1: none");
+        flag(to, "--presence-penalty", f.sampling.presence_penalty, "0: none");
+        flag(to, "--frequency-penalty", f.sampling.frequency_penalty, "0: none");
+        flag(to, "--seed", f.sampling.seed, "the same seed draws the same; else a random one");
+        flag(to, "--stop", f.stop, "end before this text; may be repeated");
+        flag(to, "--ignore-eos", f.ignore_eos, "go on behind the end of text");
+    }
+
+    void engine_flags(const vector<string>& to) {
+        flag(to, "--device", f.device, "auto, cpu, cuda or cuda:1");
+        flag(to, "--threads", f.threads, "of the CPU; else one a core", CLI::Range(1, 1024));
+        flag(to, "--kv-memory", f.kv_memory, "size of the cache, as 512M", CLI::AsSizeValue(false));
+        flag(to, "--max-context", f.max_context, "fewer tokens than the model allows", kSize);
+        flag(to, "--max-rows", f.max_rows, "sequences running at a time; else 64", kSize);
+        flag(to, "--chunk", f.chunk, "tokens computed in a step; else 512", kSize);
+        flag(to, "!--no-prefix-cache", f.prefix_cache, "compute all prompts from the start");
+        flag(to, "!--no-graph", f.graphs, "no captured graphs (GPU only)");
+        flag(to, "--load-format", f.load, "dummy: random weights",
+             CLI::IsMember({"auto", "dummy"}));
+        flag(to, "--verbose", f.verbose, "say what was chosen");
+    }
+
+    // Reads the flags and does the work. Returns the exit status: after an error, which is one line
+    // (what, where, what to do), 1; after Ctrl-C 130.
+    int run(int argc, char** argv, const std::function<void()>& work) {
+        struct sigaction action = {};
+        action.sa_handler = [](int) {
+            if (interrupted) _exit(130);  // the second time, at once
+            interrupted = 1;
+        };
+        sigaction(SIGINT, &action, nullptr);
+        string error;
+        try {
+            app.parse(argc, argv);
+            for (const string& stop : f.stop)
+                if (stop.empty()) fail("--stop: is empty; leave it out");
+            omp_set_num_threads(f.threads);
+            work();
+            return interrupted ? 130 : 0;
+        } catch (const CLI::ParseError& e) {
+            if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
+            error = str(e.what(), "; see ", name(), " --help");
+            if (!app.get_subcommands({}).empty()) error += str(", or ", name(), " COMMAND --help");
+        } catch (const json::exception& e) {  // of what the user wrote; a file's own has its name
+            error = str("input, --ids: ", strchr(e.what(), ']') + 2);
+        } catch (const std::exception& e) {
+            error = e.what();
+        }
+        std::ranges::replace_if(error, [](unsigned char c) { return c < 32; }, ' ');
+        std::cerr << name() << ": " << error.substr(0, 300) << "\n";
+        return 1;
+    }
+};
+
 #ifndef NANOCU_NO_MAIN
 int main(int argc, char** argv) {
-    Flags f;
-    f.sampling.seed = std::random_device()();
+    CommandLine line("nanocu: LLM inference, small enough to be read");
+    Flags& f = line.f;
     void (*called)(const Flags&) = nullptr;
-    CLI::App app("nanocu: LLM inference, small enough to be read");
-    app.set_version_flag("--version", "nanocu 0.1");
-    app.require_subcommand(1);
+    line.app.require_subcommand(1);
     auto command = [&](const char* name, auto run, const char* what) {
-        CLI::App* c = app.add_subcommand(name, what)->callback([&called, run] { called = run; });
-        c->add_option("MODEL", f.model, "a model's folder, as Hugging Face has it")->required();
-        c->add_flag("--json", f.json, "JSON on stdout, one object a line");
-        return c;
+        line.app.add_subcommand(name, what)->callback([&called, run] { called = run; });
+        line.model(name);
+        line.flag({name}, "--json", f.json, "JSON on stdout, one object a line");
     };
     command("chat", chat, "talk; /reset, /quit; a line that ends in \\ goes on");
     command("generate", generate, "continue a text as it is");
-    command("batch", batch, "OpenAI batch lines in, results out; run again, it goes on")
-        ->add_option("INPUT", f.input, "a JSONL file of requests; -: stdin")->required();
+    command("batch", batch, "OpenAI batch lines in, results out; run again, it goes on");
     command("score", score, "log-probabilities of a text, and its perplexity");
     command("tokenize", tokenize, "text to ids");
     command("bench", bench, "speed of prompts (pp) and of decoding (tg)");
     command("info", info, "the model's shape, and what fits here");
 
-    // A flag of some commands; check may refuse or change its value.
-    auto flag = [&](const vector<string>& commands, const char* name, auto& value,
-                    const char* what, const CLI::Validator& check = {}) {
-        using T = std::decay_t<decltype(value)>;
-        for (const string& command : commands) {
-            CLI::App* c = app.get_subcommand(command);
-            if constexpr (std::is_same_v<T, bool>) c->add_flag(name, value, what);
-            else c->add_option(name, value, what)->transform(check)->allow_extra_args(false)
-                ->delimiter(std::is_same_v<T, vector<int>> ? ',' : '\0');
-        }
-    };
-    const vector<string> model = {"chat", "generate", "batch", "score", "bench", "info"},
-        input = {"generate", "score", "tokenize"}, drawing = {"chat", "generate"};
-    const auto size = CLI::Range(1, 1 << 24);
-    flag({"chat"}, "--system", f.system, "the system message");
-    flag({"chat", "tokenize"}, "--no-think", f.no_think, "Qwen3: answer without a thought");
-    flag({"chat"}, "-p,--prompt", f.text, "one question; answer it and end");
-    flag(input, "-p,--prompt", f.text, "the text");
-    flag(input, "-f,--file", f.file, "a file with the text; without -p and -f: stdin");
-    flag(input, "--no-special", f.no_special, "add no bos, or what else the tokenizer adds");
-    flag({"generate", "score"}, "--ids", f.ids, "the text as ids: 1,2,3");
-    flag({"generate"}, "--samples", f.samples, "continuations of the one prompt", size);
-    flag({"generate"}, "--logprobs", f.logprobs, "log-probabilities, and of the K likeliest",
-         CLI::Range(1000));
-    flag({"batch"}, "-o,--output", f.output, "where results go, a line each; -: stdout");
-    app.get_subcommand("batch")->get_option("--output")->required();
-    flag({"tokenize"}, "--jsonl", f.jsonl, "a JSON string a line in, an array of ids a line out");
-    flag({"tokenize"}, "--decode", f.decode, "ids to text");
-    flag({"tokenize"}, "--chat", f.chat, "in: a JSON array of messages");
-    flag({"bench"}, "--pp", f.pp, "prompt lengths", size);
-    flag({"bench"}, "--tg", f.tg, "tokens to decode", size);
-    flag({"bench"}, "--depth", f.depth, "tokens before those; else 16", size);
-    flag({"bench"}, "--rows", f.rows, "sequences at a time", size);
-    flag({"bench"}, "--workload", f.workload, "a file of prompt and output lengths, a pair a line");
-    flag(drawing, "-n,--max-tokens", f.max_tokens, "else to the end of text or context", size);
-    const vector<string> cutting = {"chat", "generate", "bench"};
-    flag(cutting, "-t,--temperature", f.temperature, "0: always the likeliest");
-    flag(cutting, "-k,--top-k", f.top_k, "only the k likeliest; 0: all");
-    flag(cutting, "--top-p", f.top_p, "only the likeliest that together have p; 1: all");
-    flag(cutting, "--min-p", f.min_p, "only those with p times the largest probability");
-    flag(drawing, "--repetition-penalty", f.repetition_penalty, "1: none");
-    flag(drawing, "--presence-penalty", f.sampling.presence_penalty, "0: none");
-    flag(drawing, "--frequency-penalty", f.sampling.frequency_penalty, "0: none");
-    flag(drawing, "--seed", f.sampling.seed, "the same seed draws the same; else a random one");
-    flag(drawing, "--stop", f.stop, "end before this text; may be repeated");
-    flag(drawing, "--ignore-eos", f.ignore_eos, "go on behind the end of text");
-    flag(model, "--device", f.device, "auto, cpu, cuda or cuda:1");
-    flag(model, "--threads", f.threads, "of the CPU; else one a core", CLI::Range(1, 1024));
-    flag(model, "--kv-memory", f.kv_memory, "size of the cache, as 512M", CLI::AsSizeValue(false));
-    flag(model, "--max-context", f.max_context, "fewer tokens than the model allows", size);
-    flag(model, "--max-rows", f.max_rows, "sequences running at a time; else 64", size);
-    flag(model, "--chunk", f.chunk, "tokens computed in a step; else 512", size);
-    flag(model, "!--no-prefix-cache", f.prefix_cache, "compute all prompts from the start");
-    flag(model, "!--no-graph", f.graphs, "no captured graphs (GPU only)");
-    flag(model, "--load-format", f.load, "dummy: random weights", CLI::IsMember({"auto", "dummy"}));
-    flag(model, "--verbose", f.verbose, "say what was chosen");
-
-    struct sigaction action = {};
-    action.sa_handler = [](int) {
-        if (interrupted) _exit(130);  // the second time, at once
-        interrupted = 1;
-    };
-    sigaction(SIGINT, &action, nullptr);
-    string error;  // one line: what, where, what to do
-    try {
-        app.parse(argc, argv);
-        for (const string& stop : f.stop) if (stop.empty()) fail("--stop: is empty; leave it out");
+    line.flag({"chat"}, "--system", f.system, "the system message");
+    line.flag({"chat", "tokenize"}, "--no-think", f.no_think, "Qwen3: answer without a thought");
+    line.flag({"chat"}, "-p,--prompt", f.text, "one question; answer it and end");
+    line.text_flags({"generate", "score", "tokenize"});
+    line.flag({"generate", "score", "tokenize"}, "--no-special", f.no_special,
+              "add no bos, or what else the tokenizer adds");
+    line.flag({"generate", "score"}, "--ids", f.ids, "the text as ids: 1,2,3");
+    line.flag({"generate"}, "--samples", f.samples, "continuations of the one prompt", kSize);
+    line.flag({"generate"}, "--logprobs", f.logprobs, "log-probabilities, and of the K likeliest",
+              CLI::Range(1000));
+    CLI::App* batch = line.command("batch");
+    batch->add_option("INPUT", f.input, "a JSONL file of requests; -: stdin")->required();
+    line.flag({"batch"}, "-o,--output", f.output, "where results go, a line each; -: stdout");
+    batch->get_option("--output")->required();
+    line.flag({"tokenize"}, "--jsonl", f.jsonl, "a JSON string a line in, an array of ids out");
+    line.flag({"tokenize"}, "--decode", f.decode, "ids to text");
+    line.flag({"tokenize"}, "--chat", f.chat, "in: a JSON array of messages");
+    line.flag({"bench"}, "--pp", f.pp, "prompt lengths", kSize);
+    line.flag({"bench"}, "--tg", f.tg, "tokens to decode", kSize);
+    line.flag({"bench"}, "--depth", f.depth, "tokens before those; else 16", kSize);
+    line.flag({"bench"}, "--rows", f.rows, "sequences at a time", kSize);
+    line.flag({"bench"}, "--workload", f.workload,
+              "a file of prompt and output lengths, a pair a line");
+    line.truncation_flags({"bench"});
+    line.drawing_flags({"chat", "generate"});
+    line.engine_flags({"chat", "generate", "batch", "score", "bench", "info"});
+    return line.run(argc, argv, [&] {
         if (f.logprobs >= 0 && !f.json) fail("--logprobs: shown in JSON only; add --json");
-        omp_set_num_threads(f.threads);
         called(f);
-        return interrupted ? 130 : 0;
-    } catch (const CLI::ParseError& e) {
-        if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
-        error = str(e.what(), "; see nanocu --help, or nanocu COMMAND --help");
-    } catch (const json::exception& e) {  // of what the user wrote; a file's own has its name
-        error = str("input, --ids: ", strchr(e.what(), ']') + 2);
-    } catch (const std::exception& e) {
-        error = e.what();
-    }
-    std::ranges::replace_if(error, [](unsigned char c) { return c < 32; }, ' ');
-    std::cerr << "nanocu: " << error.substr(0, 300) << "\n";
-    return 1;
+    });
 }
 #endif
