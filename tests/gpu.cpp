@@ -510,6 +510,7 @@ TEST_CASE("gpu: streamed steps against the ops") {
                 add_part(step, table(i), begin, std::min(contexts[i], begin + 1000));
                 auto [arrays, decodes, tiles] = gpu.upload(step, step.tokens());
                 gpu.forward(arrays, step.tokens(), decodes, tiles);
+                check(cudaDeviceSynchronize(), "test");  // before its arrays are written anew
             }
         for (int rows : {1, 2, 3, 8, 5}) for (int first : {0, 3, 7}) {
             INFO(family, ", hidden size ", D, ", rows ", rows, ", from ", first);

@@ -1136,6 +1136,11 @@ public:
         kv = make<b16>(blocks * c.page(1, 0, 0));
         kv_bytes = blocks * block_bytes();
         check(cudaMemsetAsync(kv, 0, kv_bytes, stream), "KV memory");  // 0 times a NaN is a NaN
+        const cuuint64_t heads = c.kv_heads, rows = c.head_dim / 16;  // of 256 numbers, in a page
+        if (streams)
+            maps.pages = map_tensor(kv, {256, heads * rows, 2, cuuint64_t(blocks) * c.layers},
+                                    {256, c.value_offset(), 2 * c.value_offset()},
+                                    {256, cuuint32_t(rows), 2, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
     }
 
     void launch(Step& step) override {
@@ -1458,7 +1463,7 @@ protected:  // tests look at each op
             return false;
         maps = {{map_weights(all.qkv, N, D, L), map_weights(all.o, D, Q, L),
                  map_weights(all.gate_up, 2 * F, D, L), map_weights(all.down, D, F, L),
-                 map_weights(lm_head, c.vocab, D, 1)}};
+                 map_weights(lm_head, c.vocab, D, 1)}, {}};  // reserve maps the pages
         size_t parts = size_t(std::max(stream_blocks, kStreamRows * c.kv_heads)) * Q / c.kv_heads;
         size_t words = kStreamRows * (D + N + Q + size_t(F));
         words_bytes = parts * sizeof(uint4) + words * 4 + kStreamRows * kStreamBlocks * 8 + 4;
@@ -1477,19 +1482,27 @@ protected:  // tests look at each op
 
     // w [layers, N, K], for boxes of 8 rows.
     static CUtensorMap map_weights(const b16* w, size_t N, size_t K, size_t layers) {
+        unsigned chunks = unsigned(std::min<size_t>(kPieceChunks / 2, K / 64));
+        return map_tensor(w, {64, N, K / 64, layers}, {K, 64, N * K}, {64, 8, chunks, 1},
+                          CU_TENSOR_MAP_SWIZZLE_128B);
+    }
+
+    // Of four dimensions, the innermost first; strides: of the others, in numbers.
+    static CUtensorMap map_tensor(const b16* from, std::array<cuuint64_t, 4> sizes,
+                                  std::array<cuuint64_t, 3> strides, std::array<cuuint32_t, 4> box,
+                                  CUtensorMapSwizzle swizzle) {
         CUtensorMap map;
         void* encode;
         cudaDriverEntryPointQueryResult found;
         check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
                                                cudaEnableDefault, &found), "tensor map");
-        cuuint64_t sizes[] = {64, N, K / 64, layers}, strides[] = {2 * K, 128, 2 * N * K};
-        cuuint32_t box[] = {64, 8, cuuint32_t(std::min<size_t>(kPieceChunks / 2, K / 64)), 1};
-        cuuint32_t ones[] = {1, 1, 1, 1};
+        for (cuuint64_t& stride : strides) stride *= sizeof(b16);
+        const cuuint32_t ones[] = {1, 1, 1, 1};
         if (decltype(&cuTensorMapEncodeTiled)(encode)(
-                &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void*)w, sizes, strides, box, ones,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void*)from, sizes.data(),
+                strides.data(), box.data(), ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
-            fail("CUDA: no map of a matrix of ", N, " x ", K);
+            fail("CUDA: no tensor map of ", sizes[3], " x ", sizes[2], " x ", sizes[1]);
         return map;
     }
 

@@ -54,7 +54,8 @@ constexpr int kMaxUnits = 16;    // of attention, in a block
 enum Phase { kQkv, kO, kGateUp, kDown, kLmHead };  // attention is before kO
 
 struct StreamMaps {
-    CUtensorMap each[5];
+    CUtensorMap each[5];  // of the matrices, [L, K / 64, N, 64]
+    CUtensorMap pages;    // of the cache, [blocks * L, 2, KV * HD / 16, 256]: keys, values
 };
 
 struct StreamArguments {
@@ -254,6 +255,23 @@ struct Ring {
     }
 };
 
+// Lets the copy engine bring a box of a tensor to an address; one lane calls it. The barrier, which
+// expect has told of the bytes, is full when all of them are there.
+__device__ void expect(unsigned barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+#endif
+}
+__device__ void copy_box(const CUtensorMap* map, int row, int at2, int at3, unsigned to,
+                         unsigned barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(map), "r"(0), "r"(row),
+                 "r"(at2), "r"(at3), "r"(barrier) : "memory");
+#endif
+}
+
 // What the producer warp does.
 template <int HD>
 struct Producer {
@@ -292,36 +310,33 @@ struct Producer {
         #pragma unroll 1
         for (int i = 0; i < 2; i++) {
             one_more(most);
-#if __CUDA_ARCH__ >= 900
-            unsigned to = ring.at() + i * kSlotBytes / 2, barrier = ring.full_at(i);
             if (threadIdx.x % 32 == 0) {
-                asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
-                             "r"(bytes) : "memory");
-                asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx"
-                             "::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(map),
-                             "r"(0), "r"(row), "r"(chunk + i * kPieceChunks / 2), "r"(layer),
-                             "r"(barrier) : "memory");
+                expect(ring.full_at(i), bytes);
+                copy_box(map, row, chunk + i * kPieceChunks / 2, layer,
+                         ring.at() + i * kSlotBytes / 2, ring.full_at(i));
             }
-#endif
         }
         __syncwarp();  // each lane waits for itself; none may fall behind by a turn of the ring
         ring.next();
     }
 
-    __device__ void pages(int count, int layer) {
-        constexpr int kPage = HD * kBlockSize, kPages = kSlotBytes / (8 * kPage);  // of a half
+    __device__ void pages(const CUtensorMap* map, int count, int layer) {
+        constexpr int kPage = 2 * HD * kBlockSize * sizeof(b16);  // keys and values
+        constexpr int kPages = kSlotBytes / 2 / kPage;  // of a half, at most 32
+        const int lane = threadIdx.x % 32;
         for (int i = 0; i < count; i++) {
             const StreamUnit& u = units[i];
             for (int p = u.first; p < u.last; p += 2 * kPages) {
                 next_slot();
                 #pragma unroll 1
                 for (int j = 0; j < 2; j++) {
-                    int first = p + j * kPages;
+                    int first = p + j * kPages, pages = max(0, min(kPages, u.last - first));
                     one_more(2 * a.in_flight);  // few blocks do this, and all wait for them
-                    fetch_pages<kPage>(2 * max(0, min(kPages, u.last - first)), [&](int part) {
-                        return a.kv + a.c.page(u.table[first + part / 2], layer, u.head) +
-                               part % 2 * a.c.value_offset();
-                    }, ring.at() + j * kSlotBytes / 2, ring.full_at(j));
+                    if (lane == 0) expect(ring.full_at(j), pages * kPage);
+                    __syncwarp();
+                    if (lane < pages)
+                        copy_box(map, u.head * HD / 16, 0, u.table[first + lane] * a.c.layers + layer,
+                                 ring.at() + j * kSlotBytes / 2 + lane * kPage, ring.full_at(j));
                 }
                 ring.next();
             }
@@ -690,7 +705,7 @@ stream_step(const __grid_constant__ StreamMaps maps, const __grid_constant__ Str
         #pragma unroll 1
         for (int i = 0; i <= 4 * c.layers; i++) {
             int layer = i / 4, phase = layer < c.layers ? i % 4 : kLmHead;
-            if (phase == kO) producer.pages(count, layer);
+            if (phase == kO) producer.pages(&maps.pages, count, layer);
             producer.matrix(&maps.each[phase], matrices[phase], phase == kLmHead ? 0 : layer);
         }
         return;
