@@ -43,7 +43,7 @@ struct Opened : CudaDevice {
     using CudaDevice::forward, CudaDevice::look_up, CudaDevice::norm_linear;
     using CudaDevice::norm_swiglu, CudaDevice::upload, CudaDevice::layers;
     using CudaDevice::graphs, CudaDevice::stream, CudaDevice::streams, CudaDevice::streamed_steps;
-    using CudaDevice::ready_words, CudaDevice::stream_rows;
+    using CudaDevice::ready_words, CudaDevice::stream_rows, CudaDevice::shared_tiles;
     using CudaDevice::x, CudaDevice::qkv, CudaDevice::att, CudaDevice::h, CudaDevice::logits;
     const size_t room;  // in rows; at least one behind those of a step
 
@@ -401,9 +401,10 @@ TEST_CASE("gpu: attention against the CPU's, over contexts, chunks and heads") {
             by_all([&] { cpu::attend(m, kLayer, step, a, kv); });
             auto [arrays, decodes, tiles] = gpu.upload(step, std::max(T, padded));
             gpu.look_up(arrays, T);  // the angles, too
-            if (padded) gpu.attend(arrays, kLayer, padded, padded, 0);
+            if (padded) gpu.attend(arrays, kLayer, padded, padded, tiles ? gpu.shared_tiles() : 0);
             else gpu.attend(arrays, kLayer, T, decodes, tiles);
             compare(name, gpu.att, unpaired(a.att), T, Q, 1e-2);
+            return tiles;
         };
         for (int begin = 0; begin < contexts[0]; begin += 1000) {
             Step step;
@@ -426,6 +427,21 @@ TEST_CASE("gpu: attention against the CPU's, over contexts, chunks and heads") {
             for (int i = 0; i < n; i++) add_part(step, tables[i], contexts[i], contexts[i] + 1);
             attend("attend, decodes", step, 0);
             attend("attend, decodes as captured", step, (n + 15) / 16 * 16);
+        }
+        // of three, one has a context of its own, the others begin with the blocks of one of two
+        for (int count : {1, 300}) {
+            Step step;
+            for (int i = 0; i < 40; i++) {
+                const int pages = std::array{0, 120, 40}[i % 3];
+                const auto& from = tables[i % 3 == 1 ? 0 : 11];
+                std::vector<int> table(from.begin(), from.begin() + pages);
+                table.insert(table.end(), tables[i].begin(), tables[i].end());
+                table.resize(tables[0].size() + 120);
+                int n = i % 3 ? 1 + contexts[i] % 120 + pages * kBlockSize : contexts[i];
+                add_part(step, table, n, n + (i == 5 ? count : 1));
+            }
+            CHECK(attend("attend, decodes that share blocks", step, 0) >= 1 + count / 300);
+            if (count == 1) attend("attend, shared as captured", step, 48);
         }
     }
 }
@@ -594,7 +610,7 @@ TEST_CASE("gpu: no gap between decode steps") {
             double start = now();
             for (int i = 0; i < 20; i++)
                 for (auto& [key, graph] : device.*(&Opened::graphs))
-                    if (key.first == rows)
+                    if (std::get<0>(key) == rows)
                         check(cudaGraphLaunch(graph, device.*(&Opened::stream)), "test");
             check(cudaDeviceSynchronize(), "test");
             return (now() - start) / 40;

@@ -32,13 +32,14 @@ template <class T>
 void take_field(json& body, const char* key, T& value) {
     constexpr bool is_bool = std::is_same_v<T, bool>, whole = std::is_integral_v<T> && !is_bool;
     if (!body.contains(key)) return;
-    json j = body[key];
+    json j = std::move(body[key]);
     body.erase(key);
     bool fits = is_bool ? j.is_boolean() : whole ? j.is_number_integer()
               : std::is_floating_point_v<T> ? j.is_number() : true;
     if (whole && sizeof(T) == 4) fits = fits && j >= INT_MIN && j <= INT_MAX;
     if (!fits) fail(key, ": ", j.dump(), " is not of the right type or size");
-    value = j.get<T>();
+    if constexpr (std::is_same_v<T, json>) value = std::move(j);
+    else value = j.get<T>();
 }
 
 // A message whose content is a string, or a list of parts of type text.
@@ -63,7 +64,7 @@ void read_job(const Session& s, std::optional<Chat>& format, json line, Job& job
     Request& r = job.request = s.request({});
     Sampling& p = r.sampling;
     string url = line.at("url");
-    json body = line.at("body"), messages, stop, prompt;
+    json body = std::move(line.at("body")), messages, stop, prompt;
     bool stream = false;
     int top = 0;
     if (!body.is_object()) fail("body: expected an object");
@@ -290,8 +291,10 @@ void batch(const Flags& f) {
                 double(tokens) / seconds, left.c_str(), last ? "\n" : "");
     };
     for (bool more = true; (more && !interrupted) || !jobs.empty(); progress(false)) {
-        // enough to keep all rows busy, and no more in memory
-        while (more && !interrupted && samples < 2 * s.engine.options.max_rows) {
+        // enough to keep all rows busy, and no more in memory; beyond that only some at a time, which
+        // are read while a GPU works
+        int rows = s.engine.options.max_rows;
+        for (int read = 0; more && !interrupted && samples < (read < 8 ? 2 * rows : rows); read++) {
             string text;
             more = bool(std::getline(in, text));
             line++;

@@ -21,6 +21,8 @@ constexpr int kGraphRows = 256;   // most rows of a captured step, and of logits
 constexpr int kDecodeWarps = 4;   // of a block of decode_attend
 constexpr int kMaxSplits = 32;    // blocks that share a context in decode_attend
 constexpr int kTileRows = 128;    // (token, query head) pairs in a block of prefill_attend
+constexpr int kSharedParts = 8;   // most, of blocks that decodes attend to together
+constexpr int kSharedTiles = 128;  // most, of prefill_attend for these
 constexpr int kRotateThreads = 128;
 constexpr int kMaxGroup = 8;      // query heads of a kv head
 
@@ -74,15 +76,21 @@ struct DrawKey {
 struct StepArrays {
     struct Tile {
         int row, tokens, position, sequence;  // of the first token
+        int first, last, part;  // pages that it attends to; which part of shared ones, else -1
+    };
+    struct Shared {
+        int pages, parts, at;  // of its context, that a row attends to with others; at: in grouped
     };
     struct Header {
         int rows, table_width, decodes, tiles;
     };
     Header* header;
     DrawKey* draws;       // [draws]
-    Tile* tiles;          // [T]: for prefill_attend
+    Shared* shared;       // [T]
+    Tile* tiles;          // [T + kSharedTiles]: for prefill_attend
     int *ids, *positions, *sequence, *logit_rows;  // [T]
     int* decodes;         // [T]: rows for decode_attend
+    int* grouped;         // [T]: the same, those that share blocks side by side
     int* tables;          // [sequences, table_width]
 
     // T, draws: what there is room for
@@ -91,8 +99,10 @@ struct StepArrays {
             array = (std::remove_reference_t<decltype(array)>)at;
             at += (n * sizeof(*array) + 15) / 16 * 16;
         };
-        carve(header, 1), carve(draws, count), carve(tiles, T);
-        for (int** array : {&ids, &positions, &sequence, &logit_rows, &decodes}) carve(*array, T);
+        carve(header, 1), carve(draws, count), carve(shared, T);
+        carve(tiles, T + kSharedTiles);
+        for (int** array : {&ids, &positions, &sequence, &logit_rows, &decodes, &grouped})
+            carve(*array, T);
         carve(tables, 0);
     }
 };
@@ -337,7 +347,7 @@ __device__ Attended merge(int count, auto part) {
     return all;
 }
 
-// The online softmax (Milakov and Gimelshein 2018) of 16 tokens more. Their products K Q^T, of which
+// The online softmax (Milakov, Gimelshein 2018) of 16 tokens more. Their products K Q^T, of which
 // p has those of two tokens with heads 2t, 2t + 1, become weights exp2(score - top), and what was
 // summed up until now, of the same heads, is made to fit. in0, in1: whether the tokens count.
 // Returns the weights as B of a product.
@@ -360,22 +370,32 @@ __device__ uint2 weigh(float p[4], bool in0, bool in1, float (*o)[4], float top[
     return {transpose(pack(p[0], p[1])), transpose(pack(p[2], p[3]))};
 }
 
+// Where a part of what rows share leaves its results: of each of the G heads the sums of values
+// [HD], the largest score and the sum of the weights.
+__device__ float* shared_part(float* shared, const Shape& c, int at, int head, int part) {
+    int G = c.heads / c.kv_heads;
+    return shared + size_t((at * c.kv_heads + head) * kSharedParts + part) * G * (c.head_dim + 2);
+}
+
 // Attention of one new token a sequence: a block for each row, kv head and part of the context, its
 // warps taking turns at the 16-token blocks. Products are S^T = K Q^T and O^T = V^T P^T, so that
 // the up to 8 query heads of the kv head are the 8 columns of the mma, and keys go from memory
 // to registers as they lie there: a lane's 16 bytes of a key are four pairs of components in an
-// order that q shares. Of values it takes 8 components of 4 tokens and pairs up the tokens.
+// order that q shares. Of values it takes 8 components of 4 tokens and pairs up the tokens. The
+// blocks that a row shares with others have been seen to by prefill_attend.
 template <int HD>
 __global__ void __launch_bounds__(kDecodeWarps * 32)
-decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, Attended* partial,
-              int* tickets, b16* att) {
+decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, float* shared,
+              Attended* partial, int* tickets, b16* att) {
     wait_for_previous();
     if (int(blockIdx.x) >= s.header->decodes) return;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int row = s.decodes[blockIdx.x], head = blockIdx.y, G = c.heads / c.kv_heads;
     int n = s.positions[row] + 1, blocks = (n + kBlockSize - 1) / kBlockSize;
-    int each = max(kDecodeWarps, (blocks + int(gridDim.z) - 1) / int(gridDim.z));
-    int first = blockIdx.z * each, last = min(blocks, first + each);
+    const StepArrays::Shared with = s.shared[row];
+    const int own = blocks - with.pages;
+    int each = max(kDecodeWarps, (own + int(gridDim.z) - 1) / int(gridDim.z));
+    int first = with.pages + blockIdx.z * each, last = min(blocks, first + each);
     if (first >= blocks) return;
     const int* table = s.tables + s.sequence[row] * s.header->table_width;
     uint4 q[HD / 32] = {};
@@ -426,21 +446,32 @@ decode_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, A
         }
     }
     __syncthreads();
-    int splits = (blocks + each - 1) / each, unit = blockIdx.x * gridDim.y + head;
+    int splits = (own + each - 1) / each, unit = blockIdx.x * gridDim.y + head;
     Attended* parts = partial + size_t(unit) * gridDim.z * G * HD;  // [splits, G, HD]
     b16* to = att + (size_t(row) * c.heads + head * G) * HD;
+    auto store = [&](int i, Attended all) {
+        Attended each[kSharedParts + 1];
+        each[kSharedParts] = all;
+        #pragma unroll
+        for (int z = 0; z < kSharedParts; z++) {  // all are read at the same time
+            const float* part = shared_part(shared, c, with.at, head, z) + i / HD * (HD + 2);
+            each[z] = {-1e30f, 0, 0};
+            if (z < with.parts) each[z] = {part[HD], part[HD + 1], part[i % HD]};
+        }
+        if (with.parts)
+            all = merge<kSharedParts + 1>(kSharedParts + 1, [&](int z) { return each[z]; });
+        to[i] = b16(all.out / all.sum);
+    };
     for (int i = threadIdx.x; i < G * HD; i += blockDim.x) {
         Attended all = merge<kDecodeWarps>(kDecodeWarps, [&](int w) {
             return Attended{tops[w][i / HD], sums[w][i / HD], outs[w][i / HD][i % HD]};
         });
-        if (splits == 1) to[i] = b16(all.out / all.sum);
+        if (splits == 1) store(i, all);
         else parts[blockIdx.z * G * HD + i] = all;
     }
     if (splits == 1 || !comes_last(&tickets[unit], splits)) return;
-    for (int i = threadIdx.x; i < G * HD; i += blockDim.x) {
-        Attended all = merge<4>(splits, [&](int z) { return parts[z * G * HD + i]; });
-        to[i] = b16(all.out / all.sum);
-    }
+    for (int i = threadIdx.x; i < G * HD; i += blockDim.x)
+        store(i, merge<4>(splits, [&](int z) { return parts[z * G * HD + i]; }));
 }
 
 __device__ unsigned shared_address(const void* shared) {
@@ -713,9 +744,12 @@ __device__ void fetch_tiles(int tiles, auto page, b16* shared, Barrier (*full)[2
 // of all tokens before in tiles of kKeys, which a warp of its own fetches two tiles ahead. While
 // the others work out the exponentials of one tile, the tensor cores add up the values of the one
 // before (the order of FlashAttention-3, Shah et al. 2024).
+// A tile may also be of decodes and blocks that they share, or a part of these, which are so read
+// once for all of them (Hydragen, Juravsky et al. 2024): decode_attend does the rest of each.
 template <int HD, int kKeys>
 __global__ void __launch_bounds__(kTileRows * 3, 1)
-prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, b16* att) {
+prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, float* shared_out,
+               b16* att) {
     extern __shared__ __align__(128) b16 shared[];  // keys [2, kKeys, HD], values [2, kKeys, HD]
     constexpr int kTile = kKeys * HD, kWarps = kTileRows / 16;
     __shared__ Barrier full[2][2], empty[2][2];  // of keys, of values; two of each
@@ -728,13 +762,14 @@ prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, 
     wait_for_previous();
     if (int(blockIdx.y) >= s.header->tiles) return;
     auto tile = s.tiles[blockIdx.y];
-    int head = blockIdx.x, G = c.heads / c.kv_heads, keys = tile.position + tile.tokens;
-    const int tiles = (keys + kKeys - 1) / kKeys;
+    const int head = blockIdx.x, G = c.heads / c.kv_heads, first_key = tile.first * kBlockSize;
+    const int tiles = ((tile.last - tile.first) * kBlockSize + kKeys - 1) / kKeys;
+    const bool shares = tile.part >= 0;
     if (warp >= kWarps) {
         registers<24, false>();
         const int* table = s.tables + tile.sequence * s.header->table_width;
         auto page = [&](int i, int kind) {
-            int block = table[min(i, (keys - 1) / kBlockSize)];
+            int block = table[min(tile.first + i, tile.last - 1)];
             return kv + c.page(block, layer, head) + kind * c.value_offset();
         };
         if (warp == kWarps) fetch_tiles<HD, kKeys>(tiles, page, shared, full, empty);
@@ -746,8 +781,9 @@ prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, 
     unsigned q[HD / 16][4];
     for (int r = 0; r < 2; r++) {
         int row = warp * 16 + g + 8 * r, token = min(row / G, tile.tokens - 1);
-        position[r] = tile.position + token;
-        const b16* from = qkv + size_t(tile.row + token) * c.qkv() + (head * G + row % G) * HD;
+        position[r] = tile.position + (shares ? 0 : token);
+        token = shares ? s.grouped[tile.row + token] : tile.row + token;
+        const b16* from = qkv + size_t(token) * c.qkv() + (head * G + row % G) * HD;
         #pragma unroll
         for (int i = 0; i < HD / 16; i++) {
             q[i][r] = *(const unsigned*)(from + 16 * i + 2 * t);
@@ -755,7 +791,8 @@ prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, 
         }
     }
     const float scale = rsqrtf(HD) * 1.44269504f;  // for exp2
-    const int unmasked = tile.position + warp * 16 / G + 1;  // keys that all the warp's rows see
+    // keys that all the warp's rows see
+    const int unmasked = tile.position - first_key + (shares ? 0 : warp * 16 / G) + 1;
     Rows rows;
     float o[HD / 8][4] = {}, p[kKeys / 8][4];
     unsigned a[kKeys / 16][4];
@@ -773,7 +810,8 @@ prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, 
     };
     auto weigh = [&](int j) {
         release(0, j);
-        int first = j * kKeys + 2 * t, seen[2] = {position[0] + 1 - first, position[1] + 1 - first};
+        const int first = first_key + j * kKeys + 2 * t;
+        const int seen[2] = {position[0] + 1 - first, position[1] + 1 - first};
         soften<kKeys>(p, rows, seen, (j + 1) * kKeys > unmasked, scale);
     };
     begin_scores(0);
@@ -807,6 +845,14 @@ prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, 
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
         if (token >= tile.tokens || row >= kTileRows / G * G) continue;
+        if (shares) {
+            float* to = shared_part(shared_out, c, tile.row + token, head, tile.part);
+            to += row % G * (HD + 2);
+            for (int i = 0; i < HD / 8; i++)
+                *(float2*)(to + 8 * i + 2 * t) = {o[i][2 * r], o[i][2 * r + 1]};
+            if (t == 0) to[HD] = rows.top[r] * scale, to[HD + 1] = total;
+            continue;
+        }
         b16* to = att + (size_t(tile.row + token) * c.heads + head * G + row % G) * HD + 2 * t;
         for (int i = 0; i < HD / 8; i++)
             *(unsigned*)(to + 8 * i) = pack(o[i][2 * r] / total, o[i][2 * r + 1] / total);
@@ -1085,6 +1131,7 @@ public:
         gate_up = make<b16>(T * 2 * c.intermediate), h = make<b16>(T * c.intermediate);
         logits = make<float>(size_t(kGraphRows) * c.vocab);
         inv_freq = to_device(m.config.inv_freq), angles = make<float>(T * c.head_dim);
+        shared = make<float>(size_t(rows) * c.heads * kSharedParts * (c.head_dim + 2));
         partial = make<Attended>(size_t(4 * kMinBlocks) * kMaxGroup * c.head_dim);
         max_draws = std::max<size_t>(T, rows);
         drawn = make<int>(max_draws);
@@ -1093,8 +1140,9 @@ public:
         check(cudaMemsetAsync(tickets, 0, T * c.kv_heads * sizeof(int), stream), "memory");
         check(cudaMemsetAsync(scratch, 0, kGraphRows * sizeof(DrawScratch), stream), "memory");
         size_t width = m.config.context / kBlockSize + 1;
-        size_t array_bytes = 64 + T * (sizeof(StepArrays::Tile) + 6 * sizeof(int)) +
-                      max_draws * sizeof(DrawKey) + 256 + rows * width * sizeof(int);
+        size_t array_bytes = 64 + T * (sizeof(StepArrays::Tile) + sizeof(StepArrays::Shared) +
+                      7 * sizeof(int)) + kSharedTiles * sizeof(StepArrays::Tile) +
+                      max_draws * sizeof(DrawKey) + 320 + rows * width * sizeof(int);
         for (Slot& slot : slots) {
             slot.device = make<char>(array_bytes);
             check(cudaMallocHost(&slot.host, array_bytes), "pinned memory, lower --max-rows");
@@ -1158,8 +1206,8 @@ public:
             check(cudaMemcpyAsync(kv + c.page(to, 0, 0), kv + c.page(from, 0, 0), block_bytes(),
                                   cudaMemcpyDeviceToDevice, stream), "copy of a block");
         if (captured && graphs_on) {
-            auto& graph = graphs[{padded, turn}];
-            if (!graph) graph = capture(s, padded);
+            auto& graph = graphs[{padded, turn, tiles > 0}];
+            if (!graph) graph = capture(s, padded, tiles > 0);
             check(cudaGraphLaunch(graph, stream), "graph");
         } else {
             if (streamed) stream_rows(s, T);
@@ -1205,6 +1253,7 @@ protected:  // tests look at each op
     };
     static constexpr size_t kWorkspace = 64 << 20, kMargin = 1 << 30;
     static constexpr int kMinBlocks = 264;  // of decode_attend that its splits should make at least
+    static constexpr int kSharedRows = 4, kSharedPages = 8;  // fewer are not worth to be shared
 
     CudaDevice(const Model& m, int ordinal, bool graphs)
         : model(m), c(m.config), ordinal(ordinal), graphs_on(graphs) { overlaps = true; }
@@ -1339,9 +1388,10 @@ protected:  // tests look at each op
             else for (int i = end; i > begin; i -= tile) {  // the longest first
                 int row = std::max(begin, i - tile);
                 to.tiles[to.header->tiles++] = {row, i - row, step.positions[row],
-                                                step.sequence[row]};
+                    step.sequence[row], 0, Cache::blocks_for(step.positions[i - 1] + 1), -1};
             }
         }
+        share_prefixes(to, step);
         auto context = [&](int row) { return step.positions[row]; };  // the longest first
         std::ranges::sort(to.decodes, to.decodes + to.header->decodes, std::greater(), context);
         for (size_t i = 0; i < step.draws.size(); i++) {
@@ -1352,6 +1402,47 @@ protected:  // tests look at each op
         for (int i = int(step.draws.size()); i < padded; i++) to.draws[i] = {};
         return (char*)(to.tables + step.tables.size());
     }
+
+    // Decodes whose tables begin with the same blocks attend to them together, if it saves enough.
+    void share_prefixes(StepArrays& to, const Step& step) {
+        const int decodes = to.header->decodes, tile = kTileRows / (c.heads / c.kv_heads);
+        const int limit = to.header->tiles + shared_tiles();
+        std::span rows(to.grouped, size_t(decodes));
+        std::copy_n(to.decodes, decodes, to.grouped);
+        for (int row : rows) to.shared[row] = {};
+        if (decodes <= kStreamRows) return;
+        auto pages = [&](int row) {  // that are full, and nobody writes to any more
+            const int* table = &step.tables[size_t(step.sequence[row]) * step.table_width];
+            return std::span(table, size_t(step.positions[row] / kBlockSize));
+        };
+        auto common = [&](int a, int b) {
+            return int(std::ranges::mismatch(pages(a), pages(b)).in1 - pages(a).begin());
+        };
+        std::ranges::sort(rows, [&](int a, int b) {
+            return std::ranges::lexicographical_compare(pages(a), pages(b));
+        });
+        const int blocks = c.kv_heads * ((decodes + tile - 1) / tile);  // with parts of one
+        for (int begin = 0, end; begin < decodes; begin = end) {
+            int shared = int(pages(rows[begin]).size()), saved = 0;  // for rows begin .. end - 1
+            for (end = begin + 1; end < decodes; end++) {
+                int with = std::min(shared, common(rows[begin], rows[end]));
+                if (with < kSharedPages || (end - begin) * with < saved) break;
+                shared = with, saved = (end - begin) * with;
+            }
+            int tiles = (end - begin + tile - 1) / tile;
+            int parts = std::clamp(kMinBlocks / 2 / blocks, 1,
+                                   std::min(kSharedParts, std::max(1, shared / kSharedPages)));
+            if (end - begin < kSharedRows || to.header->tiles + tiles * parts > limit) continue;
+            for (int part = 0; part < parts; part++)
+                for (int i = begin; i < end; i += tile) {
+                    int first = shared * part / parts, last = shared * (part + 1) / parts;
+                    to.tiles[to.header->tiles++] = {i, std::min(tile, end - i),
+                        last * kBlockSize - 1, step.sequence[rows[begin]], first, last, part};
+                }
+            for (int i = begin; i < end; i++) to.shared[rows[i]] = {shared, parts, i};
+        }
+    }
+    int shared_tiles() const { return std::min(kSharedTiles, 2 * kMinBlocks / c.kv_heads); }
 
     // Puts a step where kernels see it; what there is for decode_attend and for prefill_attend.
     struct Uploaded {
@@ -1400,11 +1491,11 @@ protected:  // tests look at each op
         run(rotate<HD>, dim3(T, parts), kRotateThreads, 0, 1, s, c, layer, l.bias, l.q_norm,
             l.k_norm, angles, qkv, kv);
         if (tiles) run(prefill, dim3(c.kv_heads, tiles), kTileRows * 3, prefill_shared, 1, s, c,
-                        layer, qkv, kv, att);
+                        layer, qkv, kv, shared, att);
         if (!decodes) return;
         int splits = std::clamp((kMinBlocks + units - 1) / units, 1, kMaxSplits);
         run(decode_attend<HD>, dim3(decodes, c.kv_heads, splits), kDecodeWarps * 32, 0, 1, s, c,
-            layer, qkv, kv, partial, tickets, att);
+            layer, qkv, kv, shared, partial, tickets, att);
     }
 
     bool few(int T) const {
@@ -1549,13 +1640,13 @@ protected:  // tests look at each op
             team, drawn, host);
     }
 
-    // A decode step of up to T rows as a graph.
-    cudaGraphExec_t capture(const StepArrays& s, int T) {
+    // A decode step of up to T rows as a graph; shares: they may attend to blocks together.
+    cudaGraphExec_t capture(const StepArrays& s, int T, bool shares) {
         cudaGraph_t graph;
         cudaGraphExec_t exec;
         check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
         if (streams && T <= kStreamRows) stream_rows(s, T);
-        else forward(s, T, T, 0), compute_logits(s.logit_rows, T);
+        else forward(s, T, T, shares ? shared_tiles() : 0), compute_logits(s.logit_rows, T);
         draw(s.draws, T, drawn, slots[turn].drawn);
         check(cudaStreamEndCapture(stream, &graph), "capture");
         check(cudaGraphInstantiate(&exec, graph), "graph");
@@ -1636,12 +1727,13 @@ protected:  // tests look at each op
     b16 *embedding, *lm_head, *normed, *qkv, *att, *gate_up, *h, *kv = nullptr;
     float *final_norm, *inv_freq, *x, *logits, *angles;
     Attended* partial;
+    float* shared;  // [rows, KV, kSharedParts, G, HD + 2]
     decltype(&prefill_attend<64, 64>) prefill;
     size_t prefill_shared;
     int *drawn, *tickets;
     DrawScratch* scratch;
     Slot slots[2];
-    std::map<std::pair<int, bool>, cudaGraphExec_t> graphs;  // by rows, slot
+    std::map<std::tuple<int, bool, bool>, cudaGraphExec_t> graphs;  // by rows, slot, shared blocks
 
     std::optional<StreamArguments> streams;  // of stream_step, if it is used
     StreamMaps maps;

@@ -335,7 +335,8 @@ struct Producer {
                     if (lane == 0) expect(ring.full_at(j), pages * kPage);
                     __syncwarp();
                     if (lane < pages)
-                        copy_box(map, u.head * HD / 16, 0, u.table[first + lane] * a.c.layers + layer,
+                        copy_box(map, u.head * HD / 16, 0,
+                                 u.table[first + lane] * a.c.layers + layer,
                                  ring.at() + j * kSlotBytes / 2 + lane * kPage, ring.full_at(j));
                 }
                 ring.next();
