@@ -52,6 +52,7 @@ struct Opened : CudaDevice {
         reserve(blocks);
         // slots that are not written yet may hold any number; 0x4343 is 195, which would show
         poison(kv, kv_bytes / sizeof(*kv), 0x43);
+        share_from = INT_MIN;  // blocks are shared even where it does not pay
     }
     void poison(auto* array, size_t count, int byte) {
         check(cudaDeviceSynchronize(), "test");

@@ -1406,7 +1406,7 @@ protected:  // tests look at each op
     // Decodes whose tables begin with the same blocks attend to them together, if it saves enough.
     void share_prefixes(StepArrays& to, const Step& step) {
         const int decodes = to.header->decodes, tile = kTileRows / (c.heads / c.kv_heads);
-        const int limit = to.header->tiles + shared_tiles();
+        const int others = to.header->tiles, limit = others + shared_tiles();
         std::span rows(to.grouped, size_t(decodes));
         std::copy_n(to.decodes, decodes, to.grouped);
         for (int row : rows) to.shared[row] = {};
@@ -1422,8 +1422,9 @@ protected:  // tests look at each op
             return std::ranges::lexicographical_compare(pages(a), pages(b));
         });
         const int blocks = c.kv_heads * ((decodes + tile - 1) / tile);  // with parts of one
+        int64_t gain = 0;  // pages that are not read
         for (int begin = 0, end; begin < decodes; begin = end) {
-            int shared = int(pages(rows[begin]).size()), saved = 0;  // for rows begin .. end - 1
+            int shared = int(pages(rows[begin]).size()), saved = 0;  // of rows begin .. end - 1
             for (end = begin + 1; end < decodes; end++) {
                 int with = std::min(shared, common(rows[begin], rows[end]));
                 if (with < kSharedPages || (end - begin) * with < saved) break;
@@ -1440,7 +1441,11 @@ protected:  // tests look at each op
                         last * kBlockSize - 1, step.sequence[rows[begin]], first, last, part};
                 }
             for (int i = begin; i < end; i++) to.shared[rows[i]] = {shared, parts, i};
+            gain += saved - 10 * (end - begin);  // what the merge of a row costs
         }
+        if (gain * c.kv_heads * c.head_dim >= share_from) return;
+        to.header->tiles = others;
+        for (int row : rows) to.shared[row] = {};
     }
     int shared_tiles() const { return std::min(kSharedTiles, 2 * kMinBlocks / c.kv_heads); }
 
@@ -1728,6 +1733,7 @@ protected:  // tests look at each op
     float *final_norm, *inv_freq, *x, *logits, *angles;
     Attended* partial;
     float* shared;  // [rows, KV, kSharedParts, G, HD + 2]
+    int64_t share_from = 500 << 10;  // numbers of pages to save in a layer: one more kernel's worth
     decltype(&prefill_attend<64, 64>) prefill;
     size_t prefill_shared;
     int *drawn, *tickets;
