@@ -39,6 +39,7 @@ public:
     int blocks() const { return int(all.size()); }
     int free() const { return int(free_list.size()); }
     int refs(int block) const { return all[block].refs; }
+    bool findable(int block) const { return all[block].findable; }  // a prompt may begin with it
     static int blocks_for(int tokens) { return (tokens + kBlockSize - 1) / kBlockSize; }
 
     // Fills an empty table with the findable blocks that ids begin with; returns their tokens. The

@@ -33,6 +33,15 @@ constexpr int kPrefetch = 8192;  // weights fetched ahead of their use on a CPU,
 // 1. The step and its memory
 // =============================================================================================
 
+// Sees what an engine does, where Engine::observer is set; docs/forks/explain.cu is one.
+struct Observer {
+    virtual ~Observer() = default;
+    virtual void scheduled(const struct Flight&) = 0;  // a step, about to be launched
+    virtual void collected(const struct Flight&) = 0;  // its ids are in; what ended has left
+    // An id was drawn or scored from logits [V], before penalties. Several threads call this.
+    virtual void drawn(const struct Draw&, std::span<const float> logits) = 0;
+};
+
 // What a row of logits is for: to draw the id at a position of a sequence, or to score it.
 struct Draw {
     int row, part;                       // of Step::logit_rows, of the step's sequences
@@ -41,6 +50,7 @@ struct Draw {
     std::span<const int> prompt, output;  // before it, for penalties; gone after launch
     int logprobs;                        // -1: none; k: of the id and the k likeliest
     int id = -1;                         // in: the one to score, or -1; out: the new one
+    Observer* observer = nullptr;
     vector<TokenLogprob> scores = {};    // out
 
     // From its row of logits [V].
@@ -54,6 +64,7 @@ struct Draw {
             id = sample_id(penalized.empty() ? logits : penalized, sampling, sample, position);
         }
         if (logprobs >= 0) scores = log_probabilities(logits, id, logprobs);
+        if (observer) observer->drawn(*this, logits);
     }
 };
 
@@ -69,6 +80,7 @@ struct Step {
     vector<Cache::Copy> copies;  // blocks to copy before anything is written
     vector<int> taken;           // blocks whose old contents nobody may read
     int slot = 0;                // for the device's own use
+    bool replayed = false;       // out: ran as a captured graph
 
     int tokens() const { return int(ids.size()); }
     const int* table(int row) const { return &tables[size_t(sequence[row]) * table_width]; }
@@ -545,6 +557,16 @@ struct Output {
     vector<vector<TokenLogprob>> prompt_logprobs = {};  // with the finish, if asked for
 };
 
+struct Part {  // of a step: the next count ids of a sequence
+    std::shared_ptr<Sequence> sequence;
+    int count;
+};
+
+struct Flight {  // a step that was launched, or is about to be
+    std::unique_ptr<Step> step;  // null: nothing to do
+    vector<Part> parts;
+};
+
 struct EngineOptions {
     size_t kv_memory = 0;       // bytes; 0: a quarter of the machine's, if max_rows can use it
     int max_context = INT_MAX;  // tokens of a sequence; never more than the model's
@@ -588,6 +610,7 @@ public:
     const std::unique_ptr<Device> device;
     Cache cache;
     int preemptions = 0;
+    Observer* observer = nullptr;  // null: nobody looks; to be set before the first step
 
     Engine(const Model& m, EngineOptions o)
         : model(m), options(o), context(std::min(m.config.context, o.max_context)),
@@ -619,6 +642,9 @@ public:
         waiting.push_back(std::make_shared<Sequence>(std::move(s)));
         return requests++;
     }
+
+    // What an observer may look at: the sequences that have blocks, the oldest first.
+    const auto& rows() const { return running; }
 
     // Blocks in use, and their slots that hold no token yet.
     std::pair<int, int> memory_use() const {
@@ -653,15 +679,6 @@ public:
     }
 
 private:
-    struct Part {  // of a step: the next count ids of a sequence
-        std::shared_ptr<Sequence> sequence;
-        int count;
-    };
-    struct Flight {  // a step that was launched, or is about to be
-        std::unique_ptr<Step> step;  // null: nothing to do
-        vector<Part> parts;
-    };
-
     int choose_blocks() const {
         size_t block = device->block_bytes(), each = context / kBlockSize + 1;
         size_t blocks = std::min(device->free_memory() / block, each * options.max_rows);
@@ -748,7 +765,7 @@ private:
             int row = int(step.logit_rows.size()) - 1, part = int(flight.parts.size());
             auto ids = std::span(s.ids), output = ids.subspan(r.prompt.size());
             step.draws.push_back({row, part, sample, position, r.sampling, r.prompt, output,
-                                  logprobs, id});
+                                  logprobs, id, observer});
         };
         for (int i = s.computed; i < end; i++) {
             bool scored = i < int(s.prompt_logprobs.size());
@@ -766,6 +783,7 @@ private:
     }
 
     void launch(Flight& flight) {
+        if (observer) observer->scheduled(flight);
         device->launch(*flight.step);
         for (Part& part : flight.parts) part.sequence->computed += part.count;
         for (int i = 0; Draw& d : flight.step->draws) {
@@ -816,6 +834,7 @@ private:
             all.push_back(std::move(out));
         }
         for (const Output& out : all) if (out.finish) stop(out.request, out.sample);
+        if (observer) observer->collected(flight);
     }
 
     std::deque<std::shared_ptr<Sequence>> waiting, running;  // each in order of arrival

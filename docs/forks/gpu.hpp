@@ -1205,7 +1205,8 @@ public:
         for (auto [from, to] : step.copies)
             check(cudaMemcpyAsync(kv + c.page(to, 0, 0), kv + c.page(from, 0, 0), block_bytes(),
                                   cudaMemcpyDeviceToDevice, stream), "copy of a block");
-        if (captured && graphs_on) {
+        step.replayed = captured && graphs_on;
+        if (step.replayed) {
             auto& graph = graphs[{padded, turn, tiles > 0}];
             if (!graph) graph = capture(s, padded, tiles > 0);
             check(cudaGraphLaunch(graph, stream), "graph");
