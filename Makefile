@@ -49,7 +49,7 @@ nanocu: $(SOURCES) $(PARTS) | packages
 
 forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
 
-build/forks/explain: docs/forks/explain.html
+build/forks/explain build/gpu/explain: docs/forks/explain.hpp docs/forks/explain.html
 
 build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
@@ -57,6 +57,9 @@ build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 gpu: build/gpu/nanocu  ## the binary with the GPU in it, build/gpu/nanocu; needs nvcc
 
 build/gpu/nanocu: $(SOURCES) $(PARTS) | packages
+	$(call compile_gpu,-O3 -DNDEBUG)
+
+build/gpu/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O3 -DNDEBUG)
 
 build/gpu/tests: tests/all_gpu.cpp tests/gpu.cpp tests/common.hpp $(SOURCES) $(PARTS) | packages

@@ -656,14 +656,15 @@ public:
     bool busy() const { return !running.empty() || !waiting.empty() || flying.step; }
 
     // One iteration: schedule, run, sample, collect. Returns at most one Output a sequence. On a
-    // device that overlaps, they are of the step before the one that is launched.
+    // device that overlaps, they are of the step before the one that is launched, unless somebody
+    // observes: then each step is collected before the next one is scheduled.
     vector<Output> step() {
         vector<Output> out;
         Flight done = std::exchange(flying, {});
         if (done.step && needs_ids(done)) collect(std::exchange(done, {}), out);
         flying = schedule();
         if (flying.step) launch(flying);
-        if (!device->overlaps) done = std::exchange(flying, {});
+        if (!device->overlaps || observer) done = std::exchange(flying, {});
         if (done.step) collect(std::move(done), out);
         return out;
     }

@@ -21,8 +21,9 @@ import sys
 SETTINGS = [(width, scheme) for width in (390, 1600) for scheme in ("light", "dark")]
 HEIGHT = {390: 844, 1600: 900}
 
-# Complaints about text that can't be read: where it is cut off, or lies over other text. Text is
-# looked at line by line, as the browser has broken it; only what can be seen counts.
+# Complaints about text that can't be read: where it is cut off, sticks out of a box with a border,
+# or lies over other text. Text is looked at line by line, as the browser has broken it; only what
+# can be seen counts.
 UNREADABLE = r"""
 const wrong = [], lines = [];
 const quote = node => JSON.stringify(node.textContent.trim().slice(0, 40));
@@ -51,6 +52,14 @@ for (let node; (node = walker.nextNode());) {
             if (style.position === 'fixed') break;
         }
         if (!box || box.left >= box.right || box.top >= box.bottom) continue;
+        for (let e = of; e && e !== document.body && !e.ownerSVGElement; e = e.parentElement) {
+            const style = getComputedStyle(e), edge = e.getBoundingClientRect();
+            if (style.display === 'inline' || !parseFloat(style.borderTopWidth)) continue;
+            if (box.right > edge.right + 0.5 || box.left < edge.left - 0.5 ||
+                box.bottom > edge.bottom + 2)
+                wrong.push('sticks out: ' + quote(node));
+            break;
+        }
         if (cut) wrong.push('cut off: ' + quote(node));
         const fixed = !!of.closest('[data-floats]');
         // a line's box is higher than its letters
@@ -196,8 +205,123 @@ def main():
     return 1 if wrong else 0
 
 
+# What explain's page shows of a step.
+SHOWN = """
+const number = text => +text.replaceAll(',', '');
+const count = css => document.querySelectorAll(css).length;
+return {
+    where: document.getElementById('where').textContent,
+    slider: +document.getElementById('slider').value,
+    counts: Object.fromEntries([...document.querySelectorAll('[data-count]')].map(
+        e => [e.dataset.count, number(e.textContent)])),
+    blocks: {used: count('.block.used'), cached: count('.block.cached'),
+             taken: count('.tag.taken') + count('.tag.copy'), hit: count('.tag.hit'),
+             freed: count('.tag.freed'), copied: count('.tag.copied')},
+    drawn: [...document.querySelectorAll('#candidates tr.chosen')].map(e => +e.dataset.id),
+    rows: count('#candidates tbody tr'),
+    tables: Object.fromEntries([...document.querySelectorAll('[data-sequence]')].map(
+        e => [e.dataset.sequence, [...e.querySelectorAll('.table b')].map(b => +b.textContent)])),
+};
+"""
+
+
+def explain(page):
+    """explain's page shows of each step what its record says, whichever way one goes there."""
+    from selenium.webdriver import Keys
+
+    record = page.record
+    steps, last = record["steps"], len(record["steps"])
+    tables = [[[] for _ in record["sequences"]]]  # after each step
+    for step in steps:
+        tables.append(list(tables[-1]))
+        for i, table in step["tables"].items():
+            tables[-1][int(i)] = table
+
+    def expect(k):
+        shown = page.js(SHOWN)
+        step = steps[k - 1] if k else None
+        assert shown["where"] == f"step {k} of {last}", f"{shown['where']} instead of step {k}"
+        assert shown["slider"] == k, f"step {k}: the slider is at {shown['slider']}"
+        counts = step["counts"] if k else dict(used=0, shared=0, cached=0, free=record["blocks"])
+        assert shown["counts"] == counts, f"step {k}: {shown['counts']}, recorded {counts}"
+        blocks = shown["blocks"]
+        for state in ("used", "cached"):
+            assert blocks[state] == counts[state], f"step {k}: {blocks[state]} blocks {state}"
+        for i, table in shown["tables"].items():
+            assert table == tables[k][int(i)], f"step {k}: table {table} of sequence {i}"
+        if not k:
+            return
+        marks = {"hit": set(step["found"]), "freed": set(step["freed"]),
+                 "taken": set(step["taken"]), "copied": {pair[0] for pair in step["copied"]}}
+        for mark, of in marks.items():
+            assert blocks[mark] == len(of), f"step {k}: {blocks[mark]} marked {mark}, {len(of)} are"
+        if step["draws"]:
+            ids = [d["id"] for d in step["draws"]]
+            assert len(shown["drawn"]) == 1 and shown["drawn"][0] in ids, \
+                f"step {k}: drew {ids}, the page shows {shown['drawn']}"
+            assert shown["rows"] >= 10, f"step {k}: {shown['rows']} candidates"
+
+    def readable():
+        wrong = page.complaints()
+        assert not wrong, "; ".join(wrong)
+
+    expect(min(1, last))
+    page.keys(Keys.HOME)
+    expect(0)
+    for k in range(1, last + 1) if (page.width, page.scheme) == (1600, "light") else (1, 2, 3):
+        page.keys(Keys.ARROW_RIGHT)
+        expect(k)
+    page.keys(Keys.END, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    expect(last - 1)
+    page.find("#next").click()
+    expect(last)
+    page.find("#slider").send_keys(Keys.ARROW_LEFT)
+    expect(last - 1)
+    for k in {k * last // 7 for k in range(1, 8)}:
+        page.js("const s = document.getElementById('slider'); s.value = arguments[0];"
+                "s.dispatchEvent(new Event('input'))", k)
+        expect(k)
+        readable()
+
+    # a click in the middle of the timeline chooses the column that is there
+    from selenium.webdriver import ActionChains
+
+    page.keys(Keys.HOME)
+    page.js("window.scrollTo(0, 0)")
+    ActionChains(page.driver).click(page.find("#scroll svg")).perform()
+    picked = page.js(SHOWN)["slider"]
+    assert picked > 0, "a click into the timeline does nothing"
+    expect(picked)
+    cursor, timeline = page.find("#cursor").rect, page.find("#scroll").rect
+    middle = timeline["x"] + timeline["width"] / 2
+    assert cursor["x"] - 2 <= middle <= cursor["x"] + cursor["width"] + 2 or \
+        timeline["width"] > 80 * last, f"a click at {middle} chose the column at {cursor['x']}"
+
+    # what a prompt says is shown as text
+    assert page.js("return document.images.length") == 0, "a prompt became an image"
+    page.keys(Keys.END)
+    shown = page.js("return [...document.querySelectorAll('.text')].map(e => e.textContent)")
+    whole = page.js("return [...document.querySelectorAll('[data-sequence]')].map("
+                    "e => textsOf(idsOf(+e.dataset.sequence)).join(''))")
+    assert shown and shown == whole, f"texts {shown} instead of {whole}"
+
+    # candidates after the first cut are all that the softmax leaves
+    if page.js("return document.querySelectorAll('#stages button').length"):
+        page.js("document.querySelector('#stages button').click()")
+        assert page.js("return document.querySelectorAll('tr.cut').length") == 0, "cut before cuts"
+
+    # a block tells what it holds; the other theme
+    page.js("document.querySelector('.block').click()")
+    assert "Block" in page.find("#detail").text
+    readable()
+    before = page.js("return getComputedStyle(document.body).backgroundColor")
+    page.find("#theme").click()
+    assert page.js("return getComputedStyle(document.body).backgroundColor") != before, "one theme"
+    readable()
+
+
 # Scripts by name: functions of a Page that is open.
-SCRIPTS = {}
+SCRIPTS = {"explain": explain}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1244,6 +1244,13 @@ public:
         check(cudaEventSynchronize(slot.done), "step");
         for (size_t i = 0; i < step.draws.size(); i++)
             if (step.draws[i].id < 0) step.draws[i].id = slot.drawn[i];
+        for (const Draw& d : step.draws) {  // a graph's logits are there until the next step
+            if (!step.replayed || !d.observer) continue;
+            vector<float> row(c.vocab);
+            check(cudaMemcpy(row.data(), logits + size_t(d.row) * c.vocab,
+                             row.size() * sizeof(float), cudaMemcpyDeviceToHost), "logits");
+            d.observer->drawn(d, row);
+        }
     }
 
 protected:  // tests look at each op
@@ -1670,7 +1677,7 @@ protected:  // tests look at each op
             vector<Penalty> penalties;
             bool scored = false;
             for (int last = -1; d != step.draws.end() && d->row < begin + count; d++) {
-                scored |= d->logprobs >= 0;
+                scored |= d->logprobs >= 0 || d->observer;
                 if (d->row != std::exchange(last, d->row)) add_penalties(*d, penalties);
             }
             if (!done) compute_logits(s.logit_rows + begin, count);
@@ -1697,7 +1704,7 @@ protected:  // tests look at each op
             for (int i = from; i < end; i++) {
                 Draw& one = step.draws[i];
                 if (one.id < 0) one.id = slots[step.slot].drawn[i];
-                if (one.logprobs < 0) continue;
+                if (one.logprobs < 0 && !one.observer) continue;
                 one.resolve(std::span(host).subspan(size_t(one.row - begin) * c.vocab, c.vocab));
             }
         }
