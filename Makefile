@@ -111,7 +111,7 @@ test: build/tests nanocu forks browser $(QWEN3) $(MODEL)/config.json  ## all tes
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.
-test-sanitize: build/nanocu-sanitize $(QWEN3) $(MODEL)/config.json  ## the same under ASan and UBSan
+test-sanitize: build/nanocu-sanitize forks browser $(QWEN3) $(MODEL)/config.json  ## the same under ASan and UBSan
 test-sanitize: build/tests-sanitize
 	$(call run_tests,build/tests-sanitize -tce="demo model: greedy*",build/nanocu-sanitize)
 

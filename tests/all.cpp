@@ -9,3 +9,4 @@
 #include "engine.cpp"
 #include "commands.cpp"
 #include "batch.cpp"
+#include "explain.cpp"

@@ -288,7 +288,7 @@ def explain(page):
 
     page.keys(Keys.HOME)
     page.js("window.scrollTo(0, 0)")
-    ActionChains(page.driver).click(page.find("#scroll svg")).perform()
+    ActionChains(page.driver).click(page.find("#scroll")).perform()
     picked = page.js(SHOWN)["slider"]
     assert picked > 0, "a click into the timeline does nothing"
     expect(picked)
