@@ -122,8 +122,8 @@ void check_consistent(const json& record) {
             CHECK(c["p"].back() > 0);
             if (!d.contains("random")) continue;
             double from = c["from"], random = d["random"], p = c["p"].back();
-            CHECK(from <= random + 1e-9);
-            CHECK(random <= from + p + 1e-9);
+            CHECK(from <= random + 1e-8);
+            CHECK(random <= from + p + 1e-8);
         }
         CHECK(found);
     }

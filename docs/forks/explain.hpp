@@ -9,6 +9,8 @@
 
 constexpr size_t kCandidates = 20;  // shown of a draw
 
+double rounded(double x) { return std::round(x * 1e9) / 1e9; }  // more digits make pages larger
+
 // How id came to be drawn from logits [V], penalties applied: what each cut of s left of the
 // vocabulary, and the likeliest candidates with their probabilities after each.
 ordered explain_draw(const vector<float>& logits, const Sampling& s, int sample, int position,
@@ -26,7 +28,7 @@ ordered explain_draw(const vector<float>& logits, const Sampling& s, int sample,
                     {"top_p", s.top_p},
                     {"penalties", s.has_penalties()}};
     vector<ordered> rows;
-    for (int i : shown) rows.push_back({{"id", i}, {"logit", logits[i]}});
+    for (int i : shown) rows.push_back({{"id", i}, {"logit", rounded(logits[i])}});
     Sampling cut;
     cut.temperature = s.temperature > 0 ? s.temperature : 1;
     double all = 0;  // the sum of weights before the cuts
@@ -46,8 +48,8 @@ ordered explain_draw(const vector<float>& logits, const Sampling& s, int sample,
         draw["stages"].push_back({{"name", name}, {"kept", kept}, {"mass", double(total) / all}});
         for (ordered& c : rows) {
             int i = c["id"];
-            c["p"].push_back(double(left.weight(i)) / double(total));
-            c["from"] = double(before[i]) / double(total);
+            c["p"].push_back(rounded(double(left.weight(i)) / double(total)));
+            c["from"] = rounded(double(before[i]) / double(total));
         }
     };
     stage(s.temperature > 0 ? "temperature" : "softmax");
