@@ -33,8 +33,8 @@ define compile_gpu
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build forks gpu model test test-gpu test-sanitize lines packages browser clean \
-    distclean
+.PHONY: help demo build forks gpu model test test-gpu test-sanitize docs-check lines packages \
+    browser clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -137,6 +137,10 @@ build/nanocu-sanitize: $(SOURCES) $(PARTS) | packages
 $(QWEN3): tests/data/tokenizer/qwen3.tokenizer.json.gz
 	mkdir -p $(@D)
 	gunzip -c $< >$@
+
+# UPDATE=1 writes what came into the files; FILES="docs/guide.md" checks these alone.
+docs-check: nanocu forks $(MODEL)/config.json  ## the examples in README and docs print what they say
+	python3 tests/docs_check.py $(if $(UPDATE),--update) $(FILES)
 
 # A line counts as code if it is neither blank nor a // comment.
 lines:  ## lines of code of the engine, and its budget

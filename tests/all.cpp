@@ -10,3 +10,4 @@
 #include "commands.cpp"
 #include "batch.cpp"
 #include "explain.cpp"
+#include "docs.cpp"
