@@ -7,7 +7,8 @@ FORKS    := $(patsubst docs/forks/%.cu,build/forks/%,$(wildcard docs/forks/*.cu)
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
 BROWSER  := chromium chromium-driver python3-selenium
-PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
+PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv \
+            cmark-gfm
 
 # x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
 FLAGS    := -std=c++20 -march=x86-64-v3 -fopenmp -Wall -Wextra
@@ -33,8 +34,8 @@ define compile_gpu
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build forks gpu model test test-gpu test-sanitize docs-check lines packages \
-    browser clean distclean
+.PHONY: help demo build forks gpu model test test-gpu test-sanitize docs-check guide lines \
+    packages browser clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -107,7 +108,7 @@ define run_tests
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu forks browser $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
+test: build/tests nanocu forks build/guide/record browser $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.
@@ -139,8 +140,16 @@ $(QWEN3): tests/data/tokenizer/qwen3.tokenizer.json.gz
 	gunzip -c $< >$@
 
 # UPDATE=1 writes what came into the files; FILES="docs/guide.md" checks these alone.
-docs-check: nanocu forks $(MODEL)/config.json  ## the examples in README and docs print what they say
+docs-check: nanocu forks build/guide/record $(MODEL)/config.json  ## the examples in README and docs print what they say
 	python3 tests/docs_check.py $(if $(UPDATE),--update) $(FILES)
+
+guide: build/guide/record $(MODEL)/config.json | packages  ## docs/guide.md as a page, build/guide.html
+	python3 docs/guide/pictures.py build/guide/record $(MODEL)
+	python3 docs/guide/page.py docs/guide.md build/guide.html
+
+# What the guide's pictures show, from runs of the engine.
+build/guide/record: docs/guide/record.cu $(SOURCES) $(PARTS) | packages
+	$(call compile,-O1 -DNDEBUG)
 
 # A line counts as code if it is neither blank nor a // comment.
 lines:  ## lines of code of the engine, and its budget

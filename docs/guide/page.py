@@ -39,7 +39,7 @@ td, th { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; t
 blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--muted); }
 details { background: var(--ask); border-radius: 8px; padding: .6rem 1rem; }
 summary { cursor: pointer; font-weight: 600; }
-nav ol { columns: 2 15rem; padding-left: 1.6rem; }
+nav ol { columns: 2 15rem; padding-left: 2rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media print { pre { white-space: pre-wrap; } h2 { break-before: page; } }
 """
@@ -82,7 +82,7 @@ def main():
     body = re.sub(r"<h([23])>(.*?)</h\1>", heading, body)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     body = re.sub(r'(<pre(?: lang="[^"]*")?)>', r'\1 tabindex="0">', body)  # scrolled by keys, too
-    body = re.sub(r"(?m)^((?:<pre[^>]*><code>)?)(\$ .*)$", r'\1<span class="prompt">\2</span>', body)
+    body = re.sub(r"(?m)^((?:<pre[^>]*><code[^>]*>)?)(\$ .*)$", r'\1<span class="prompt">\2</span>', body)
     if "<img" in body:
         sys.exit(f"{source}: a picture that is not an SVG in a line of its own")
     title = html.unescape(re.sub(r"<[^>]+>", "", re.search(r"<h1>(.*?)</h1>", body)[1]))

@@ -158,7 +158,7 @@ def draw_loader(model):
     p = Picture("loader", "model.safetensors, to scale",
                 "Length, header and data of the demo model's file, and the matrices of a layer.")
     scale = 396 / total
-    p.text(12, 18, f"model.safetensors: {(total + 8 + length) / 1e6:.0f} MB, mapped, not read",
+    p.text(12, 18, f"model.safetensors: {(total + 8 + length) / 1e6:.0f} MB, mapped, not copied",
            "bold")
     p.text(12, 34, f"8 bytes of length, {length:,} of JSON", "small muted")
     p.text(408, 34, f"{layers} layers of {each / 1e6:.2f} MB", "small muted", "end")
