@@ -12,6 +12,7 @@ with letters as wide as DejaVu's. Colours follow the reader's light or dark sche
 """
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -423,10 +424,15 @@ def draw_stream():
     p.line((100, 48), (110, 48), arrow=True)
     p.line((308, 48), (317, 48), arrow=True)
     p.text(12, 128, "us a token behind 64 tokens, 1 row, H100", "bold")
+    log = (FOLDER.parent / "speed.md").read_text()
+    row = re.search(r"\| 1 row, 256 tokens behind 64, us a token [^|]*"
+                    r"((?:\| \d+ to \d+ \(\d+;[^|]*){3})", log)
+    streamed = re.findall(r"\| (\d+) to \d+ \((\d+);", row[1])
+    singly = re.search(r"kernel by kernel: (\d+), (\d+), (\d+) us", log).groups()
     y = 138
-    for name, bytes, stream, kernels in [("Qwen3-0.6B", 386, 569, 910),
-                                         ("Llama-3.2-1B", 800, 861, 1165),
-                                         ("Qwen3-8B", 4898, 5280, 6500)]:
+    for name, (stream, bytes), kernels in zip(["Qwen3-0.6B", "Llama-3.2-1B", "Qwen3-8B"], streamed,
+                                              singly):
+        bytes, stream, kernels = int(bytes), int(stream), int(kernels)
         p.text(12, y + 14, name, "small bold")
         for value, colour, what in [(bytes, "grey", "bytes alone"), (stream, "green", "streamed"),
                                     (kernels, "blue", "a kernel an op")]:
