@@ -8,7 +8,7 @@ TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp 
 MODEL    := models/smollm2
 BROWSER  := chromium chromium-driver python3-selenium
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv \
-            cmark-gfm
+            cmark-gfm patch
 
 # x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
 FLAGS    := -std=c++20 -march=x86-64-v3 -fopenmp -Wall -Wextra
@@ -65,6 +65,16 @@ build/gpu/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 
 build/gpu/tests: tests/all_gpu.cpp tests/gpu.cpp tests/common.hpp $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O2)
+
+# For docs/exercises/check: quick to build, with assertions; block-N has blocks of N tokens.
+build/exercises/nanocu: $(SOURCES) $(PARTS) | packages
+	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
+
+build/exercises/block-%: nano.cu $(SOURCES) $(PARTS) | packages
+	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS -DNANOCU_BLOCK_SIZE=$*)
+
+build/exercises/%: docs/exercises/%/check.cpp $(SOURCES) $(PARTS) | packages
+	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
 
 # Installs what is missing of the packages $1.
 define install

@@ -11,3 +11,4 @@
 #include "batch.cpp"
 #include "explain.cpp"
 #include "docs.cpp"
+#include "exercises.cpp"

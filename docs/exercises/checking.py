@@ -1,0 +1,76 @@
+"""What the checks of the exercises share: building, running nanocu, and saying what was expected.
+
+A check is a Python file that calls these and ends with done(). It runs from the repository's root.
+"""
+import json
+import os
+import subprocess
+import sys
+
+MODEL = "models/smollm2"
+TINY = "tests/data/models/"
+binary = "build/exercises/nanocu"
+failures = 0
+
+
+def make(*targets):
+    """Builds; an error of the compiler is the student's to read."""
+    print("building", *targets, flush=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    out = subprocess.run(["make", "-s", "-j2", *targets], env=environment)
+    if out.returncode:
+        print("FAIL: the sources do not build")
+        sys.exit(1)
+
+
+def short(value):
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 300 else text[:300] + "..."
+
+
+def expect(what, ok, wanted, came):
+    """Says whether ok, and if not, what was wanted and what came instead."""
+    global failures
+    print(("  ok    " if ok else "  wrong ") + what, flush=True)
+    if not ok:
+        failures += 1
+        print("          expected: " + short(wanted))
+        print("          came:     " + short(came), flush=True)
+    return ok
+
+
+def equal(what, wanted, came):
+    return expect(what, wanted == came, wanted, came)
+
+
+def done():
+    print(f"FAIL: {failures} of what was expected did not come" if failures else "PASS")
+    sys.exit(failures > 0)
+
+
+def need(what, ok, wanted, came):
+    """Like expect, where nothing that follows makes sense without it."""
+    if not expect(what, ok, wanted, came):
+        done()
+
+
+def run(*arguments, program=None, text=None):
+    """Runs a program: its result, with returncode, stdout and stderr."""
+    environment = dict(os.environ, OMP_WAIT_POLICY="passive")
+    command = [program or binary, *map(str, arguments)]
+    return subprocess.run(command, env=environment, input=text, capture_output=True, text=True)
+
+
+def nanocu(*arguments, program=None):
+    """The stdout of nanocu, which must end well."""
+    result = run(*arguments, program=program)
+    if result.returncode:
+        need("nanocu " + repr(" ".join(map(str, arguments))), False, "exit status 0",
+             f"{result.returncode}: {result.stderr.strip()}")
+    return result.stdout
+
+
+def generate(*arguments, model=MODEL, program=None):
+    """What generate --json says, an object for each sample."""
+    lines = nanocu("generate", model, "--json", *arguments, program=program).splitlines()
+    return [json.loads(line) for line in lines]
