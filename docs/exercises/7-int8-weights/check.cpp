@@ -122,10 +122,7 @@ void logits_are_right(const string& what, const string& folder, bool dummy) {
 template <class M>
 void check() {
     if constexpr (std::is_constructible_v<M, string, bool, bool>) {
-        logits_are_right<M>("demo model", kDemo, false);
-        logits_are_right<M>("a row of zeros", with_a_zero_row(), false);
-        logits_are_right<M>("a vocabulary of 509", with_odd_vocabulary(), true);
-
+        // first of all, while no memory has been used before
         M plain(kDemo, false);
         double before = resident("RssAnon");
         M quantized(kDemo, false, true);
@@ -147,6 +144,10 @@ void check() {
         expect("(a bf16 head reads two bytes a weight)", all > 1.8 * weights, 2 * weights / 1e6, all / 1e6);
         expect("with an int8 head nobody reads the bf16 weights", still < 0.05 * weights, "about 0 MB",
                str(still / 1e6, " MB"));
+
+        logits_are_right<M>("demo model", kDemo, false);
+        logits_are_right<M>("a row of zeros", with_a_zero_row(), false);
+        logits_are_right<M>("a vocabulary of 509", with_odd_vocabulary(), true);
 
         Tokenizer text(kDemo);
         vector<int> ids = text.encode(read_file("tests/data/smollm2/perplexity.txt"));
