@@ -55,8 +55,114 @@ void check_both(const std::string& name, const std::string& reason) {
     CHECK(solved.out.find("  wrong ") == std::string::npos);
 }
 
+
+// All text that names may come from: sources, tests, scripts.
+std::string all_sources() {
+    std::string all;
+    for (const char* file : {"nano.cu", "model.hpp", "cache.hpp", "sampler.hpp", "Makefile"})
+        all += read_file(file);
+    for (const char* folder : {"docs/forks", "tests"})
+        for (const auto& entry : fs::directory_iterator(folder))
+            if (entry.is_regular_file() && entry.path() != "tests/exercises.cpp") all += read_file(entry.path());
+    return all;
+}
+
+// What stands in backticks outside of code blocks, its line breaks as spaces.
+std::vector<std::string> quoted(const std::string& markdown) {
+    std::vector<std::string> out;
+    std::string text;
+    std::istringstream lines(markdown);
+    bool block = false;
+    for (std::string line; std::getline(lines, line);) {
+        if (line.starts_with("```")) block = !block;
+        else if (!block && !line.starts_with("    ")) text += line + " ";
+    }
+    for (size_t begin, end = 0; (begin = text.find('`', end)) != text.npos; end++) {
+        end = text.find('`', begin + 1);
+        REQUIRE(end != text.npos);
+        out.push_back(text.substr(begin + 1, end - begin - 1));
+    }
+    return out;
+}
+
+// The parts of a::b, each of which must be a word of the sources; else the whole.
+std::vector<std::string> parts_of(const std::string& name) {
+    std::vector<std::string> parts;
+    if (name.find_first_of(" .") != name.npos) return {name};
+    for (size_t begin = 0, end = 0; end < name.size(); begin = end + 2) {
+        end = std::min(name.find("::", begin), name.size());
+        parts.push_back(name.substr(begin, end - begin));
+    }
+    return parts;
+}
+
 }  // namespace
 
 TEST_CASE("exercise 1, candidates: the check fails, and passes with the solution") {
     check_both("1-candidates", "not expected: 10 --candidates;");
+}
+
+TEST_CASE("exercise 2, no-repeat n-grams: the check fails, and passes with the solution") {
+    check_both("2-no-repeat-ngram", "not expected: 2 --no-repeat-ngram;");
+}
+
+TEST_CASE("exercise 3, block size: the check fails, and passes with the solution") {
+    check_both("3-block-size", "no room for a block");
+}
+
+TEST_CASE("exercise 4, eviction: the check fails, and passes with the solution") {
+    check_both("4-eviction", "no such constructor");
+}
+
+TEST_CASE("exercise 5, RoPE scaling: the check fails, and passes with the solution") {
+    check_both("5-rope-scaling", "rope type yarn is not supported");
+}
+
+TEST_CASE("exercise 6, prompt lookup: the check fails, and passes with the solution") {
+    check_both("6-prompt-lookup", "no such member");
+}
+
+TEST_CASE("exercise 7, int8 weights: the check fails, and passes with the solution") {
+    check_both("7-int8-weights", "no such constructor");
+}
+
+TEST_CASE("exercise 8, sliding window: the check fails, and passes with the solution") {
+    check_both("8-sliding-window", "sliding_window 24 is not supported");
+}
+
+TEST_CASE("what docs/easy-to-get-wrong.md and docs/models.md name is there") {
+    std::string all = all_sources();
+    int names = 0, tests = 0;
+    for (const char* file : {"docs/easy-to-get-wrong.md", "docs/models.md"})
+        for (const std::string& name : quoted(read_file(file))) {
+            CAPTURE(file);
+            CAPTURE(name);
+            names++;
+            if (fs::exists(name)) continue;
+            bool sentence = std::ranges::count(name, ' ') > 2;  // the name of a test
+            tests += sentence;
+            if (sentence) CHECK(all.find("TEST_CASE(\"" + name + "\")") != all.npos);
+            else for (const std::string& part : parts_of(name)) CHECK(all.find(part) != all.npos);
+        }
+    CHECK(names > 100);
+    CHECK(tests > 25);
+}
+
+TEST_CASE("the diff of docs/models.md is that of today's sources") {
+    std::string diff;
+    std::istringstream lines(read_file("docs/models.md"));
+    bool inside = false;
+    for (std::string line; std::getline(lines, line);) {
+        if (line.starts_with("```")) inside = line == "```diff";
+        else if (inside) diff += line + "\n";
+    }
+    TempFolder folder;
+    folder.write("bias.diff", diff);
+    for (const char* file : {"nano.cu", "model.hpp"}) folder.write(file, read_file(file));
+    Ran back = shell("cd " + folder.path + " && patch -R -p1 -f <bias.diff");
+    CAPTURE(back.out);
+    CHECK(back.exit == 0);
+    std::string model = read_file(folder / "model.hpp");
+    CHECK(model.find("qwen2") == model.npos);
+    CHECK(model.find(".bias\"") == model.npos);
 }
