@@ -525,6 +525,7 @@ struct Request {
     int logprobs = -1;          // -1: none; 0: of the chosen id; k: of the k likeliest too
     bool ignore_eos = false;
     bool score_prompt = false;  // log-probabilities of the prompt's own ids
+    int score_from = 1;         // the first of these; only what is before may come from the cache
 };
 
 // One text on its way: a request's, or one of its samples.
@@ -539,8 +540,11 @@ struct Sequence {
     int draw = 0;                         // the last step's that gives the last id
     bool ended = false;
     vector<int> table = {};               // block table
-    vector<vector<TokenLogprob>> prompt_logprobs = {};  // of prompt ids 1, 2, ..., if asked for
+    vector<vector<TokenLogprob>> prompt_logprobs = {};  // of prompt ids score_from, ...
 
+    int reusable() const {  // ids whose beginning the cache may have
+        return request->score_prompt ? request->score_from : int(ids.size());
+    }
     int known() const {  // ids before the first -1
         int count = int(ids.size());
         while (count > 0 && ids[count - 1] < 0) count--;
@@ -629,6 +633,8 @@ public:
         if (size == 0) refuse("prompt: no tokens; give some text");
         for (int id : r.prompt) if (id < 0 || id >= model.config.vocab)
             refuse("prompt: id ", id, " is outside the vocabulary of ", model.config.vocab);
+        if (r.score_prompt && (r.score_from < 1 || r.score_from > size))
+            refuse("score_from: expected 1 to the prompt's ", size, " tokens");
         if (size + !r.score_prompt > context)
             refuse("prompt: ", size, " tokens do not fit into the context of ", context);
         // without -n the memory may end a text; with it, all must fit
@@ -638,7 +644,7 @@ public:
             " new ones do not fit into KV memory for ", room, "; raise --kv-memory");
         auto request = std::make_shared<Request>(std::move(r));
         Sequence s = {requests, 0, request, request->prompt, max_size, request->samples - 1};
-        if (request->score_prompt) s.prompt_logprobs.resize(size - 1);
+        if (request->score_prompt) s.prompt_logprobs.resize(size - request->score_from);
         waiting.push_back(std::make_shared<Sequence>(std::move(s)));
         return requests++;
     }
@@ -667,6 +673,17 @@ public:
         if (!device->overlaps || observer) done = std::exchange(flying, {});
         if (done.step) collect(std::move(done), out);
         return out;
+    }
+
+    // Between steps, on a device that does not overlap: a running sample goes on with id in place
+    // of the last one it drew. Under a new number (as): a copy does, which shares its blocks, and
+    // the sample itself goes on as it was.
+    void branch(int request, int sample, int as, int id) {
+        auto s = std::ranges::find_if(running, [&](const std::shared_ptr<Sequence>& s) {
+            return s->number == request && s->sample == sample;
+        });
+        if (s == running.end()) fail("branch: sample ", sample, " is not running");
+        (as == sample ? **s : fork(**s, as)).ids.back() = id;
     }
 
     // Ends a sequence from outside (a stop string, Ctrl-C); sample -1: all of the request.
@@ -708,8 +725,8 @@ private:
         while (!waiting.empty() && int(running.size()) < options.max_rows && budget > 0) {
             auto s = waiting.front();
             if (s->ids.back() < 0) break;  // on its way from the device
-            // a prompt that is scored needs all its logits, so nothing may be skipped
-            if (!s->request->score_prompt) s->computed = cache.match(s->ids, s->table);
+            // what is scored needs its logits, so nothing of it may be skipped
+            s->computed = cache.match(std::span(s->ids).first(s->reusable()), s->table);
             if (will_be_known(*s)) {  // somebody is computing what comes next: wait for that
                 s->computed = 0;
                 cache.release(s->table);
@@ -739,7 +756,7 @@ private:
     // Whether the block behind what s found in the cache is being computed for another sequence.
     bool will_be_known(const Sequence& s) const {
         int end = s.computed + kBlockSize;
-        return options.prefix_cache && !s.request->score_prompt && end < int(s.ids.size()) &&
+        return options.prefix_cache && end < s.reusable() &&
             std::ranges::any_of(running, [&](const std::shared_ptr<Sequence>& other) {
                 return other->published < end && other->known() >= end &&
                        std::equal(s.ids.begin(), s.ids.begin() + end, other->ids.begin());
@@ -769,7 +786,8 @@ private:
                                   logprobs, id, observer});
         };
         for (int i = s.computed; i < end; i++) {
-            bool scored = i < int(s.prompt_logprobs.size());
+            int scored_at = i + 1 - r.score_from;
+            bool scored = scored_at >= 0 && scored_at < int(s.prompt_logprobs.size());
             if (i + 1 == size || scored) step.logit_rows.push_back(step.tokens());
             if (scored) add_draw(s.sample, i + 1, std::max(0, r.logprobs), s.ids[i + 1]);
             for (int n = s.unforked; i + 1 == size && n >= 0; n--)  // the sequence's own comes last
@@ -821,7 +839,8 @@ private:
             Sequence& leader = *flight.parts[d.part].sequence;
             if (leader.ended) continue;  // while this was on its way
             if (d.position < int(leader.request->prompt.size())) {
-                leader.prompt_logprobs[d.position - 1] = std::move(d.scores);
+                int from = leader.request->score_from;
+                leader.prompt_logprobs[d.position - from] = std::move(d.scores);
                 continue;
             }
             Sequence& s = d.sample == leader.sample ? leader : fork(leader, d.sample);
