@@ -51,6 +51,7 @@ nanocu: $(SOURCES) $(PARTS) | packages
 forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
 
 build/forks/explain build/gpu/explain: docs/forks/explain.hpp docs/forks/explain.html
+build/forks/attribute build/forks/pick-prompt: docs/forks/answers.hpp
 
 build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
