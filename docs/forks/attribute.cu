@@ -32,8 +32,9 @@ using Kept = vector<bool>;  // which segments a variant has
 vector<Piece> cut(const string& text, const string& by) {
     static const std::map<string, Regex> patterns = {
         {"word", compile("\\S+\\s*")},
-        {"sentence", compile("(?s)\\S.*?([.!?][\"')\\]”’»]*(\\s+|\\z)|[。！？]\\s*|\\s*\\n\\s*|\\z)")},
-        {"segment", compile("(?s)\\[\\[.*?\\]\\]\\s*")}};
+        {"sentence",
+         compile(R"((?s)\S.*?([.!?]["')\]”’»]*(\s+|\z)|[。！？]\s*|\s*\n\s*|\z))")},
+        {"segment", compile(R"((?s)\[\[.*?\]\]\s*)")}};
     static const Regex space = compile("\\s+\\z");
     vector<Piece> pieces;
     split(patterns.at(by), text, [&](std::string_view part, bool matches) {
@@ -44,7 +45,7 @@ vector<Piece> cut(const string& text, const string& by) {
         pieces.push_back({piece, gap, !matches});
     });
     if (std::ranges::all_of(pieces, &Piece::fixed))
-        fail("prompt: no segment in it; ", by == "segment" ? "mark some: [[like this]]" : "give some text");
+        fail("prompt: no segment; ", by == "segment" ? "mark some: [[so]]" : "give some text");
     return pieces;
 }
 
@@ -90,8 +91,10 @@ Gains shapley(int n, int samples, uint64_t seed, Variants& variants) {
     vector<int> order(n);
     for (int sample = 0; sample < samples; sample++) {
         std::iota(order.begin(), order.end(), 0);
-        for (int i = n; i > 1; i--)  // Fisher and Yates
-            std::swap(order[i - 1], order[philox(seed, uint32_t(sample), uint32_t(i)) % uint64_t(i)]);
+        for (int i = n; i > 1; i--) {  // Fisher and Yates
+            int other = int(philox(seed, uint32_t(sample), uint32_t(i)) % unsigned(i));
+            std::swap(order[i - 1], order[other]);
+        }
         Kept kept(n, false);
         for (int before = variants(kept), after; int i : order) {
             kept[i] = true;
@@ -120,11 +123,8 @@ void set_values(vector<Piece>& pieces, const Gains& gains, const vector<double>&
 string in_html(const string& text) {
     string out;
     for (char c : text)
-        if (c == '<') out += "&lt;";
-        else if (c == '>') out += "&gt;";
-        else if (c == '&') out += "&amp;";
-        else if (c == '"') out += "&quot;";
-        else out += (c >= 0 && c < 32 && c != '\n' && c != '\t') || c == 127 ? "\uFFFD" : string(1, c);
+        if (c && strchr("<>&\"", c)) out += str("&#", int(c), ";");
+        else if (c == '\n' || c == '\t' || !iscntrl((unsigned char)c)) out += c;
     return out;
 }
 
@@ -143,10 +143,10 @@ body { font: 1rem/1.6 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; p
 .up { background: rgb(var(--up) / calc(var(--share) * .6)); }
 .down { background: rgb(var(--down) / calc(var(--share) * .6)); }
 sub { font-size: .7em; padding-left: .2em; }
-table { border-collapse: collapse; }
-th, td { border-bottom: 1px solid #8886; padding: .2em .6em; text-align: left; vertical-align: top; }
-td:last-child { overflow-wrap: anywhere; white-space: pre-wrap; }
-.value { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; text-align: left; }
+th, td { border-bottom: 1px solid #8886; padding: .2em .6em; vertical-align: top; }
+td { overflow-wrap: anywhere; white-space: pre-wrap; }
+td:first-child { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
 </style></head><body><main>
 <h1>What caused the answer</h1>
 )";
@@ -163,15 +163,16 @@ string page(const Options& o, const vector<Piece>& pieces, const string& answer,
             "\" style=\"--share: ", number(std::abs(p.value) / most), "\">", text, "<sub>",
             number(p.value), "</sub></span>");
         map += in_html(p.gap);
-        if (!p.fixed) rows += str("<tr><td class=\"value\">", value, "</td><td>", text, "</td></tr>\n");
+        if (!p.fixed) rows += str("<tr><td>", value, "</td><td>", text, "</td></tr>\n");
     }
     return str(kPage, "<p>The answer <q>", in_html(answer), "</q> has log-probability ",
         number(logprob), " behind this prompt. A segment's value, in nats, is ",
         o.method == "shapley" ? "its mean gain over random orders in which the segments come in"
                               : "the drop when it alone is left out",
-        "; orange speaks for the answer, blue against it.</p>\n<p class=\"prompt\" dir=\"auto\">", map,
-        "</p>\n<table><thead><tr><th scope=\"col\">Value</th><th scope=\"col\">Segment</th></tr>"
-        "</thead><tbody>\n", rows, "</tbody></table>\n</main></body></html>\n");
+        "; orange speaks for the answer, blue against it.</p>\n<p class=\"prompt\" dir=\"auto\">",
+        map, "</p>\n<table><thead><tr><th scope=\"col\">Value</th>"
+        "<th scope=\"col\">Segment</th></tr></thead><tbody>\n", rows,
+        "</tbody></table>\n</main></body></html>\n");
 }
 
 // The whole file or none of it.
@@ -185,19 +186,6 @@ void save(const string& path, const string& text) {
     int error = errno;
     remove(part.c_str());
     fail(path, ": ", strerror(error), "; give another -o");
-}
-
-// The model's own answer, the likeliest ids.
-vector<int> greedy_answer(Engine& engine, const vector<int>& prompt, int most) {
-    Request r;
-    r.prompt = prompt;
-    r.max_tokens = most;
-    vector<int> ids;
-    for (engine.add(r); engine.busy() && !interrupted;)
-        for (const Output& o : engine.step())
-            if (!engine.model.config.eos.count(o.id)) ids.push_back(o.id);
-    if (ids.empty() && !interrupted) fail("the model answers nothing; give --answer");
-    return ids;
 }
 
 void attribute(const Options& o) {
@@ -221,9 +209,16 @@ void attribute(const Options& o) {
         if (questions.back().prompt.empty())
             fail("prompt: a variant has nothing left of it; use --chat, or --by segment");
     }
-    vector<int> answer = o.answer.empty() ? greedy_answer(s.engine, questions[0].prompt, f.max_tokens)
-                                          : tokenizer.encode(o.answer);
-    for (Question& q : questions) q.answer = answer;
+    vector<int> ids = tokenizer.encode(o.answer);
+    if (ids.empty()) {
+        Request r = s.request(questions[0].prompt);
+        r.sampling = {};
+        ids = run(s, r, false)[0].ids;
+        std::erase_if(ids, [&](int id) { return s.model.config.eos.count(id) > 0; });
+        if (ids.empty() && !interrupted) fail("the model answers nothing; give --answer");
+    }
+    for (Question& q : questions) q.answer = ids;
+    string answer = tokenizer.decode(ids);
     Scores scores;
     if (o.separate) start = now();
     for (const Question& q : questions) {  // each loads the model and shares nothing
@@ -237,7 +232,7 @@ void attribute(const Options& o) {
     if (interrupted) return;
     double seconds = now() - start;
     set_values(pieces, gains, scores.logprobs);
-    ordered j = {{"answer", tokenizer.decode(answer)}, {"logprob", scores.logprobs[0]}};
+    ordered j = {{"answer", answer}, {"logprob", scores.logprobs[0]}};
     for (const Piece& p : pieces) {
         if (p.fixed) continue;
         ordered entry = {{"value", p.value}, {"error", p.error}, {"text", p.text}};
@@ -249,10 +244,10 @@ void attribute(const Options& o) {
     j.update({{"variants", questions.size()}, {"tokens", scores.tokens},
               {"cached", scores.cached}, {"seconds", seconds}});
     if (f.json) put(j.dump() + "\n");
-    fprintf(stderr, "\nanswer: %s, log-probability %.2f\n%zu variants, %ld tokens (%ld from cache), "
-            "%.2f s\n", json(tokenizer.decode(answer)).dump().c_str(), scores.logprobs[0],
-            questions.size(), long(scores.tokens), long(scores.cached), seconds);
-    if (!o.page.empty()) save(o.page, page(o, pieces, tokenizer.decode(answer), scores.logprobs[0]));
+    fprintf(stderr, "\nanswer %s, log-probability %.2f; %zu variants, %ld tokens (%ld from cache), "
+            "%.2f s\n", json(answer).dump().c_str(), scores.logprobs[0], questions.size(),
+            long(scores.tokens), long(scores.cached), seconds);
+    if (!o.page.empty()) save(o.page, page(o, pieces, answer, scores.logprobs[0]));
 }
 
 int main(int argc, char** argv) {

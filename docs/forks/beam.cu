@@ -55,7 +55,8 @@ public:
         engine.stop(number, -1);
         auto same = [&](const Beam& b) { return b.ids == greedy.ids; };
         if (std::ranges::none_of(found, same)) found.push_back(greedy);
-        std::ranges::stable_sort(found, std::greater<>{}, [&](auto& b) { return b.score(penalty); });
+        auto score = [&](const Beam& b) { return b.score(penalty); };
+        std::ranges::stable_sort(found, std::greater<>{}, score);
         found.resize(std::min<size_t>(found.size(), width));
     }
 
