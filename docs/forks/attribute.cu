@@ -142,7 +142,7 @@ body { font: 1rem/1.6 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; p
 .up, .down { border-radius: .2em; padding: .15em .1em; }
 .up { background: rgb(var(--up) / calc(var(--share) * .6)); }
 .down { background: rgb(var(--down) / calc(var(--share) * .6)); }
-sub { font-size: .7em; padding-left: .2em; }
+sub { font-size: .7em; padding-left: .2em; white-space: nowrap; }
 table { border-collapse: collapse; text-align: left; }
 th, td { border-bottom: 1px solid #8886; padding: .2em .6em; vertical-align: top; }
 td { overflow-wrap: anywhere; white-space: pre-wrap; }

@@ -175,46 +175,36 @@ ordered response_body(const Session& s, const Job& job, const string& id) {
             {"prompt_tokens_details", {{"cached_tokens", job.replies[0].last.cached}}}}}};
 }
 
-// The results of a batch, a line each, in a file or (path "-") on stdout. A file that has some goes
-// on: what is finished is not done again, and a last line that is torn is cut off.
-struct Results {
-    std::set<string> finished;   // custom_ids
-    std::set<int64_t> lines;     // of the input, answered without one, or with a repeated one
-    int64_t done = 0, refused = 0;
-
-    explicit Results(const string& path) : path(path), fd(1) {
+// A file of JSON lines, or (path "-") stdout. Each is written whole, and a file that has some goes
+// on: a last line that is torn is cut off. One run at a time.
+class LineFile {
+public:
+    // begin: how each line begins; take(json) gets those that are there
+    LineFile(const string& path, const string& begin, const auto& take) : path(path), fd(1) {
         if (path == "-") return;
         fd = open(path.c_str(), O_RDWR | O_CREAT | O_APPEND, 0666);
         if (fd < 0) fail(path, ": ", strerror(errno), "; give another -o");
         if (flock(fd, LOCK_EX | LOCK_NB)) fail(path, ": another run is writing to it");
         regular = fs::is_regular_file(path);
         std::ifstream file(path, std::ios::binary);
+        int64_t count = 0;
         for (string line; regular && std::getline(file, line);) {
             json j = json::parse(line, nullptr, false);  // no exceptions
-            bool ours = line.starts_with(kBegin) || string(kBegin).starts_with(line);
+            bool ours = line.starts_with(begin) || begin.starts_with(line);
             bool torn = file.eof() || j.is_discarded();
+            count++;
             if (!ours || (torn && !file.eof() && file.peek() != EOF))
-                fail(path, ": line ", done + refused + 1, " is no result; give another -o");
+                fail(path, ": line ", count, " is not from here; give another -o");
             if (torn) break;
-            in_file(path, [&] {
-                if (j.contains("line")) lines.insert(j["line"].get<int64_t>());
-                else finished.insert(j.at("custom_id").get<string>());
-                (j.at("response").at("status_code") == 200 ? done : refused)++;
-            });
+            in_file(path, [&] { take(j); });
             size += off_t(line.size()) + 1;
         }
         if (regular && ftruncate(fd, size)) fail(path, ": ", strerror(errno));
     }
-    ~Results() { if (fd != 1) close(fd); }
+    ~LineFile() { if (fd != 1) close(fd); }
 
-    // line: of the input, where custom_id does not tell which it was; else 0
-    void write(const string& id, const json& custom_id, int64_t line, int status, ordered body) {
-        ordered j = {{"id", "batch-" + id}, {"custom_id", custom_id}};
-        if (line) j["line"] = line;
-        j["response"] = {{"status_code", status}, {"request_id", "req-" + id}, {"body", body}};
-        j["error"] = nullptr;
-        // the reason may quote what is no UTF-8
-        string text = j.dump(-1, ' ', false, ordered::error_handler_t::replace) + "\n";
+    // text: a line with its end
+    void write(const string& text) {
         for (size_t at = 0; at < text.size();) {
             ssize_t n = ::write(fd, text.data() + at, text.size() - at);
             if (n < 0 && errno == EINTR) continue;
@@ -225,16 +215,40 @@ struct Results {
             }
             at += n;
         }
-        size += text.size();
-        (status == 200 ? done : refused)++;
+        size += off_t(text.size());
     }
 
 private:
-    static constexpr const char* kBegin = "{\"id\":\"batch-";
     string path;
     int fd;
     bool regular = false;  // can be cut
     off_t size = 0;        // of whole lines
+};
+
+// The results of a batch, a line each. What a file has already is not done again.
+struct Results {
+    std::set<string> finished;   // custom_ids
+    std::set<int64_t> lines;     // of the input, answered without one, or with a repeated one
+    int64_t done = 0, refused = 0;
+    LineFile file;
+
+    explicit Results(const string& path)
+        : file(path, "{\"id\":\"batch-", [&](const json& j) {
+              if (j.contains("line")) lines.insert(j["line"].get<int64_t>());
+              else finished.insert(j.at("custom_id").get<string>());
+              (j.at("response").at("status_code") == 200 ? done : refused)++;
+          }) {}
+
+    // line: of the input, where custom_id does not tell which it was; else 0
+    void write(const string& id, const json& custom_id, int64_t line, int status, ordered body) {
+        ordered j = {{"id", "batch-" + id}, {"custom_id", custom_id}};
+        if (line) j["line"] = line;
+        j["response"] = {{"status_code", status}, {"request_id", "req-" + id}, {"body", body}};
+        j["error"] = nullptr;
+        // the reason may quote what is no UTF-8
+        file.write(j.dump(-1, ' ', false, ordered::error_handler_t::replace) + "\n");
+        (status == 200 ? done : refused)++;
+    }
 };
 
 void batch(const Flags& f) {
