@@ -12,3 +12,4 @@
 #include "explain.cpp"
 #include "docs.cpp"
 #include "exercises.cpp"
+#include "forks.cpp"
