@@ -7,8 +7,8 @@ FORKS    := $(patsubst docs/forks/%.cu,build/forks/%,$(wildcard docs/forks/*.cu)
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
 BROWSER  := chromium chromium-driver python3-selenium
-PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv \
-            cmark-gfm patch
+PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
+TOOLS    := cmark-gfm libcpp-httplib-dev patch
 
 # x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
 FLAGS    := -std=c++20 -march=x86-64-v3 -fopenmp -Wall -Wextra
@@ -35,7 +35,7 @@ endef
 
 .DELETE_ON_ERROR:
 .PHONY: help demo build forks gpu model test test-gpu test-sanitize docs-check guide lines \
-    packages browser clean distclean
+    packages tools browser clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
 
 build/forks/explain build/gpu/explain: docs/forks/explain.hpp docs/forks/explain.html
 build/forks/attribute build/forks/pick-prompt: docs/forks/answers.hpp
+# Debian's cpp-httplib is a shared library with the C++ library's types in its interface: one for both.
+build/forks/serve: PORTABLE = $(call static,gomp) -lcpp-httplib
+build/forks/serve: | tools
 
 build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
@@ -93,6 +96,9 @@ endef
 packages:  ## what apt-get has to install, if anything (sudo where not root)
 	$(call install,$(PACKAGES))
 
+tools:  ## the same for what only the guide, the exercises and some forks need
+	$(call install,$(TOOLS))
+
 # Elsewhere than on Debian Chromium comes in other ways (on Ubuntu as a snap): use it if it is there.
 browser:  ## Debian's Chromium, in which the tests look at pages
 ifeq ($(shell . /etc/os-release 2>/dev/null; echo $$ID),debian)
@@ -119,7 +125,7 @@ define run_tests
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu forks build/guide/record browser $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
+test: build/tests nanocu forks build/guide/record tools browser $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.
@@ -154,7 +160,7 @@ $(QWEN3): tests/data/tokenizer/qwen3.tokenizer.json.gz
 docs-check: nanocu forks build/guide/record $(MODEL)/config.json  ## the examples in README and docs print what they say
 	python3 tests/docs_check.py $(if $(UPDATE),--update) $(FILES)
 
-guide: build/guide/record $(MODEL)/config.json | packages  ## docs/guide.md as a page, build/guide.html
+guide: build/guide/record $(MODEL)/config.json | tools  ## docs/guide.md as a page, build/guide.html
 	python3 docs/guide/pictures.py build/guide/record $(MODEL)
 	python3 docs/guide/page.py docs/guide.md build/guide.html
 

@@ -1,6 +1,7 @@
 // batch.hpp: the command that runs a file of requests, OpenAI's batch format, as `vllm run-batch`
 // reads and writes it. nano.cu includes it among the commands; it is kept here because it does not
-// fit into the four sources' budget of lines.
+// fit into the four sources' budget of lines. serve.cu takes from here how a body is read and a
+// response is built.
 //
 // A line in:   {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...], ...}}
 // A line out:  {"id": ..., "custom_id": "a", "response": {"status_code": 200, "body": {...}}, ...}
@@ -15,16 +16,25 @@
 
 namespace fs = std::filesystem;
 
-// One line of a batch, on its way.
+// How much of a reply a response has shown: the ids, the bytes of text, and of the next id's text
+// the offset in code points.
+struct Shown {
+    size_t ids = 0, text = 0, offset = 0;
+};
+
+// One request in OpenAI's form, on its way.
 struct Job {
     Request request;
     bool chat = false, echo = false, with_logprobs = false, no_output = false;
+    bool stream = false, include_usage = false;  // the response is sent piece by piece
     string prompt;  // its text
     vector<string> stops;
     vector<Reply> replies;
-    int64_t line;
-    json id;    // custom_id
-    int open;   // samples that have not ended
+    vector<Shown> shown;  // of each reply
+    int64_t line;         // number of the request
+    json id;              // custom_id
+    time_t created = time(nullptr);
+    int open;             // samples that have not ended
 };
 
 // Moves body[key], if it is there, to value.
@@ -58,25 +68,20 @@ Message message_of(const json& m) {
     return {m.at("role"), text};
 }
 
-// What a line asks for; an exception tells what is wrong with it. format: of chats, loaded once.
-void read_job(const Session& s, std::optional<Chat>& format, json line, Job& job) {
+// What a body asks for; an exception tells what is wrong with it. job.chat and job.line are set
+// before. format: of chats, loaded once.
+void read_body(const Session& s, std::optional<Chat>& format, json body, Job& job) {
     const Flags& f = s.f;
     Request& r = job.request = s.request({});
     Sampling& p = r.sampling;
-    string url = line.at("url");
-    json body = std::move(line.at("body")), messages, stop, prompt;
-    bool stream = false;
+    json messages, stop, prompt, stream_options = json::object();
     int top = 0;
     if (!body.is_object()) fail("body: expected an object");
-    if (value_or(line, "method", string("POST")) != "POST") fail("method: only POST is supported");
-    job.chat = url == "/v1/chat/completions";
-    if (!job.chat && url != "/v1/completions")
-        fail("url ", url, " is not supported; /v1/chat/completions and /v1/completions are");
     for (const char* key : {"model", "user", "metadata", "store"}) body.erase(key);
     for (auto field = body.begin(); field != body.end();)
         field = field->is_null() ? body.erase(field) : std::next(field);
     p.seed = philox(p.seed, uint32_t(job.line), uint32_t(job.line >> 32));
-    take_field(body, "stream", stream), take_field(body, "n", r.samples);
+    take_field(body, "stream", job.stream), take_field(body, "n", r.samples);
     take_field(body, "max_tokens", r.max_tokens), take_field(body, "seed", p.seed);
     take_field(body, "temperature", p.temperature), take_field(body, "top_p", p.top_p);
     take_field(body, "top_k", p.top_k), take_field(body, "min_p", p.min_p);
@@ -85,7 +90,9 @@ void read_job(const Session& s, std::optional<Chat>& format, json line, Job& job
     take_field(body, "repetition_penalty", p.repetition_penalty);
     take_field(body, "ignore_eos", r.ignore_eos), take_field(body, "stop", stop);
     if (p.top_k == -1) p.top_k = 0;  // vLLM's all
-    if (stream) fail("stream: only false is supported");
+    if (job.stream) take_field(body, "stream_options", stream_options);
+    take_field(stream_options, "include_usage", job.include_usage);
+    if (!stream_options.empty()) fail("stream_options: only include_usage is supported");
     if (stop.is_string()) stop = json::array({stop});
     for (const json& text : stop) job.stops.push_back(text);
     for (const string& text : job.stops) if (text.empty()) fail("stop: is empty; leave it out");
@@ -119,10 +126,23 @@ void read_job(const Session& s, std::optional<Chat>& format, json line, Job& job
     if (r.samples < 1 || r.samples > 1024) fail("n: 1 to 1024, not ", r.samples);
     job.open = r.samples;
     job.replies.assign(r.samples, Reply{TextStream(s.tokenizer.get(), job.stops)});
+    job.shown.resize(r.samples);
 }
 
-// A choice's log-probabilities: in a chat an object for each token, else lists side by side.
-ordered choice_logprobs(const Session& s, const Job& job, const Reply& reply) {
+// What a line of a batch asks for.
+void read_job(const Session& s, std::optional<Chat>& format, json line, Job& job) {
+    string url = line.at("url");
+    if (value_or(line, "method", string("POST")) != "POST") fail("method: only POST is supported");
+    job.chat = url == "/v1/chat/completions";
+    if (!job.chat && url != "/v1/completions")
+        fail("url ", url, " is not supported; /v1/chat/completions and /v1/completions are");
+    read_body(s, format, std::move(line.at("body")), job);
+    if (job.stream) fail("stream: only false is supported");
+}
+
+// The log-probabilities of what is not shown yet: in a chat an object for each token, else lists
+// side by side.
+ordered choice_logprobs(const Session& s, const Job& job, const Reply& reply, Shown& shown) {
     if (!job.with_logprobs) return nullptr;
     auto token = [&](int id) { return s.tokenizer ? s.tokenizer->decode({&id, 1}) : str(id); };
     auto entry = [&](const TokenLogprob& t) {
@@ -132,48 +152,83 @@ ordered choice_logprobs(const Session& s, const Job& job, const Reply& reply) {
     };
     ordered chat = ordered::array(), tokens = chat, logprobs = chat, tops = chat, offsets = chat;
     auto add = [&](int id, const vector<TokenLogprob>* of_token) {  // null: of the first id
-        offsets.push_back(tokens.empty() ? 0 : offsets.back().get<size_t>() +
-                          std::ranges::count_if(tokens.back().get<string>(), [](char c) {
-                              return (c & 0xC0) != 0x80;  // code points begin
-                          }));
-        tokens.push_back(token(id));
+        string text = token(id);
+        auto begins = [](char c) { return (c & 0xC0) != 0x80; };  // a code point
+        offsets.push_back(shown.offset);
+        shown.offset += std::ranges::count_if(text, begins);
+        tokens.push_back(text);
         logprobs.push_back(of_token ? ordered((*of_token)[0].logprob) : ordered());
         tops.push_back(of_token ? ordered::object() : ordered());
         if (of_token) for (auto& t : std::span(*of_token).subspan(1))
             tops.back()[token(t.id)] = t.logprob;
     };
-    if (job.chat) for (const auto& of_token : reply.logprobs)
+    if (job.chat) for (const auto& of_token : std::span(reply.logprobs).subspan(shown.ids))
         chat.push_back(with_likeliest(of_token, "top_logprobs", entry));
     if (job.chat) return {{"content", chat}};
     for (size_t i = 0; job.echo && i < job.request.prompt.size(); i++)
         add(job.request.prompt[i], i ? &reply.last.prompt_logprobs[i - 1] : nullptr);
-    for (size_t i = 0; i < reply.ids.size() && !job.no_output; i++)
+    for (size_t i = shown.ids; i < reply.ids.size() && !job.no_output; i++)
         add(reply.ids[i], &reply.logprobs[i]);
     return {{"tokens", tokens}, {"token_logprobs", logprobs}, {"top_logprobs", tops},
             {"text_offset", offsets}};
 }
 
-// The body of a finished job's response.
-ordered response_body(const Session& s, const Job& job, const string& id) {
-    ordered choices = ordered::array();
-    size_t prompt = job.request.prompt.size(), made = 0;
-    for (int i = 0; const Reply& reply : job.replies) {
-        string text = (job.echo ? job.prompt : "") + (job.no_output ? "" : reply.text);
-        ordered choice = {{"index", i++}};
-        if (job.chat) choice["message"] = {{"role", "assistant"}, {"content", text}};
-        else choice["text"] = s.tokenizer ? ordered(text) : ordered();
-        if (!s.tokenizer) choice["token_ids"] = reply.ids;
-        choice["logprobs"] = choice_logprobs(s, job, reply);
-        choice["finish_reason"] = reply.last.finish;
-        choices.push_back(std::move(choice));
-        made += job.no_output ? 0 : reply.ids.size();
-    }
-    return {{"id", (job.chat ? "chatcmpl-" : "cmpl-") + id},
-        {"object", job.chat ? "chat.completion" : "text_completion"}, {"created", time(nullptr)},
-        {"model", s.f.model}, {"choices", choices}, {"usage", {{"prompt_tokens", prompt},
-            {"completion_tokens", made}, {"total_tokens", prompt + made},
-            {"prompt_tokens_details", {{"cached_tokens", job.replies[0].last.cached}}}}}};
+// A choice of a response: what has come for sample i and is not shown yet.
+ordered next_choice(const Session& s, Job& job, int i) {
+    const Reply& reply = job.replies[i];
+    Shown& shown = job.shown[i];
+    bool begins = shown.ids == 0;
+    string text = job.echo && begins ? job.prompt : "";
+    if (!job.no_output) text += reply.text.substr(shown.text);
+    ordered choice = {{"index", i}}, message = ordered::object();
+    if (begins) message["role"] = "assistant";
+    message["content"] = text;
+    if (job.chat) choice[job.stream ? "delta" : "message"] = message;
+    else choice["text"] = s.tokenizer ? ordered(text) : ordered();
+    if (!s.tokenizer)
+        choice["token_ids"] = vector<int>(reply.ids.begin() + shown.ids, reply.ids.end());
+    choice["logprobs"] = choice_logprobs(s, job, reply, shown);
+    choice["finish_reason"] = reply.last.finish ? ordered(reply.last.finish) : ordered();
+    shown.ids = reply.ids.size(), shown.text = reply.text.size();
+    return choice;
 }
+
+// Tokens in and out. What was cached is known when the first token has come.
+ordered usage_of(const Job& job) {
+    size_t prompt = job.request.prompt.size(), made = 0;
+    for (const Reply& reply : job.replies) made += job.no_output ? 0 : reply.ids.size();
+    return {{"prompt_tokens", prompt}, {"completion_tokens", made}, {"total_tokens", prompt + made},
+            {"prompt_tokens_details", {{"cached_tokens", job.replies[0].last.cached}}}};
+}
+
+// A response, or with job.stream a chunk of it.
+ordered response_with(const Session& s, const Job& job, const string& id, ordered choices,
+                      ordered usage) {
+    const char* chat = job.stream ? "chat.completion.chunk" : "chat.completion";
+    return {{"id", (job.chat ? "chatcmpl-" : "cmpl-") + id},
+            {"object", job.chat ? chat : "text_completion"}, {"created", job.created},
+            {"model", s.f.model}, {"choices", std::move(choices)}, {"usage", std::move(usage)}};
+}
+
+// The body of a finished job's response.
+ordered response_body(const Session& s, Job& job, const string& id) {
+    ordered choices = ordered::array();
+    for (int i = 0; i < job.request.samples; i++) choices.push_back(next_choice(s, job, i));
+    return response_with(s, job, id, std::move(choices), usage_of(job));
+}
+
+// What is wrong with a request, in one line.
+string reason_of(const std::exception& e) {
+    const char* kind = dynamic_cast<const json::exception*>(&e) ? strchr(e.what(), ']') : nullptr;
+    return kind ? str("JSON: ", kind + 2) : e.what();
+}
+
+ordered error_body(const string& message, const char* type, const ordered& code) {
+    return {{"error", {{"message", message}, {"type", type}, {"param", nullptr}, {"code", code}}}};
+}
+
+// JSON that may quote what is no UTF-8.
+string dump(const ordered& j) { return j.dump(-1, ' ', false, ordered::error_handler_t::replace); }
 
 // A file of JSON lines, or (path "-") stdout. Each is written whole, and a file that has some goes
 // on: a last line that is torn is cut off. One run at a time.
@@ -245,8 +300,7 @@ struct Results {
         if (line) j["line"] = line;
         j["response"] = {{"status_code", status}, {"request_id", "req-" + id}, {"body", body}};
         j["error"] = nullptr;
-        // the reason may quote what is no UTF-8
-        file.write(j.dump(-1, ' ', false, ordered::error_handler_t::replace) + "\n");
+        file.write(dump(j) + "\n");
         (status == 200 ? done : refused)++;
     }
 };
@@ -287,11 +341,8 @@ void batch(const Flags& f) {
             samples += job.open;
             jobs.emplace(number, std::move(job));
         } catch (const std::exception& e) {
-            const char* kind = dynamic_cast<const json::exception*>(&e) ? strchr(e.what(), ']') : 0;
-            string what = kind ? str("JSON: ", kind + 2) : e.what();
             results.write(name(line), job.id, repeated || job.id.is_null() ? line : 0, 400,
-                {{"error", {{"message", str("line ", line, ": ", what)},
-                {"type", "invalid_request_error"}, {"param", nullptr}, {"code", 400}}}});
+                error_body(str("line ", line, ": ", reason_of(e)), "invalid_request_error", 400));
         }
     };
     auto progress = [&](bool last) {
