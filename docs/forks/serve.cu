@@ -162,7 +162,9 @@ struct Wire : httplib::Stream {
     // Closes. What the client still sends is read for a moment: else it might lose the answer.
     void close() {
         shutdown(fd, SHUT_WR);
-        for (end = now() + 0.5; wait(POLLIN, end) && recv(fd, buffer, sizeof buffer, 0) > 0;) {}
+        end = now() + 0.5;
+        for (int i = 0; i < 1000 && wait(POLLIN, end); i++)
+            if (recv(fd, buffer, sizeof buffer, MSG_DONTWAIT) <= 0) break;
         ::close(fd);
     }
     socket_t socket() const override { return fd; }
@@ -223,7 +225,6 @@ public:
 
     // Accepts connections until Ctrl-C, and waits for their threads to end.
     void accept_all() {
-        std::atomic<int> connections = 0;
         while (!interrupted) {
             pollfd p = {svr_sock_, POLLIN, 0};
             bool full = connections >= kConnections;
@@ -233,7 +234,7 @@ public:
             if (fd < 0) continue;  // gone again, or no memory for it
             connections++;
             try {
-                std::thread([this, fd, &connections] { serve(fd), connections--; }).detach();
+                std::thread([this, fd] { serve(fd), connections--; }).detach();
             } catch (const std::system_error&) {  // no thread to be had
                 ::close(fd), connections--;
             }
@@ -248,6 +249,7 @@ private:
     std::mutex reading;  // one body is parsed at a time: parsed, it takes up to 100 times its bytes
     std::optional<Chat> format;
     int64_t jobs = 0;
+    std::atomic<int> connections = 0;
     time_t started = time(nullptr);
     string series = str(std::hex, std::random_device()());  // of ids
 
@@ -273,12 +275,13 @@ private:
         a.set_content(dump(j), "application/json");
     }
 
-    static void show_error(httplib::Response& a, int status, const string& what) {
+    static void show_error(httplib::Response& a, int status, string what) {
+        std::ranges::replace_if(what, [](unsigned char c) { return c < 32; }, ' ');
         const char* type = status == 429 ? "rate_limit_error"
                          : status >= 500 ? "server_error" : "invalid_request_error";
         if (status == 429) a.set_header("Retry-After", "1");
         if (status == 401) a.set_header("WWW-Authenticate", "Bearer");
-        show(a, status, error_body(what, type, status == 401 ? ordered("invalid_api_key")
+        show(a, status, error_body(what.substr(0, 300), type, status == 401 ? ordered("invalid_api_key")
                                                              : ordered(status)));
     }
 
@@ -374,19 +377,17 @@ private:
             }
             return !events.empty();
         };
-        bool ended;
+        bool ended = true;
         try {
             std::unique_lock lock(job.mutex);
             wait(job, lock, add_new);
             ended = job.open == 0;
+            if (ended && job.include_usage)
+                add(response_with(s, job, id, ordered::array(), usage_of(job)));
+            if (ended) events += "data: [DONE]\n\n";
         } catch (const Refusal& e) {
             add(error_body(e.what(), "server_error", e.status));
-            sink.write(events.data(), events.size());
-            return false;
         }
-        if (ended && job.include_usage)
-            add(response_with(s, job, id, ordered::array(), usage_of(job)));
-        if (ended) events += "data: [DONE]\n\n";
         if (!sink.write(events.data(), events.size())) return false;
         if (ended) sink.done();
         return true;
@@ -409,6 +410,7 @@ private:
         add("preemptions_total", "counter", c.preemptions);
         add("requests_running", "gauge", c.running);
         add("requests_waiting", "gauge", c.waiting);
+        add("connections", "gauge", connections);
         add("blocks_used", "gauge", c.blocks_used);
         add("blocks_free", "gauge", c.blocks_free);
         return text;
