@@ -54,7 +54,7 @@ build/forks/explain build/gpu/explain: docs/forks/explain.hpp docs/forks/explain
 build/forks/attribute build/forks/pick-prompt: docs/forks/answers.hpp
 # Debian's cpp-httplib is a shared library with the C++ library's types in its interface: one for both.
 build/forks/serve: PORTABLE = $(call static,gomp) -lcpp-httplib
-build/forks/serve: | tools
+build/forks/serve: docs/forks/http.hpp | tools
 
 build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
@@ -115,6 +115,13 @@ $(MODEL)/config.json: | packages
 	.venv/bin/pip install -q --disable-pip-version-check gguf==0.19.0
 	.venv/bin/python tests/fetch_model.py $(MODEL)
 
+# OpenAI's own client, for the tests of docs/forks/serve.cu.
+OPENAI := build/openai/installed
+$(OPENAI): | packages
+	python3 -m venv --clear build/openai
+	build/openai/bin/pip install -q --disable-pip-version-check openai==3.54.0
+	touch $@
+
 # Runs tests $1 against binary $2; shows doctest's output, then its count on a line of its own.
 # Threads that wait sleep (passive): the tests are as fast, and stay so on a machine with other work.
 QWEN3 := build/tokenizers/qwen3/tokenizer.json
@@ -125,7 +132,7 @@ define run_tests
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu forks build/guide/record tools browser $(QWEN3) $(MODEL)/config.json  ## all tests; some with ARGS="-tc=*sampler*"
+test: build/tests nanocu forks build/guide/record tools browser $(QWEN3) $(MODEL)/config.json $(OPENAI)  ## all tests; some with ARGS="-tc=*sampler*"
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.

@@ -13,3 +13,4 @@
 #include "docs.cpp"
 #include "exercises.cpp"
 #include "forks.cpp"
+#include "serve.cpp"

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 
-SERVE, NANOCU = "build/forks/serve", os.environ.get("NANOCU", "./nanocu")
+SERVE, NANOCU = os.environ.get("SERVE", "build/forks/serve"), os.environ.get("NANOCU", "./nanocu")
 DEMO, TINY = "models/smollm2", "tests/data/models/llama3"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -331,13 +331,14 @@ def wrong():
         assert refused[1]["Retry-After"] == "1"
         events = first.read().decode().split("\n\n")  # its time is over
         assert json.loads(events[-2][6:])["error"]["code"] == 504, events[-2:]
+        s.until(5, ("blocks_used", 0), ("requests_abandoned_total", 1))
         check_error(s.ask(TEXT, long), 504)
         s.until(5, ("blocks_used", 0), ("requests_abandoned_total", 2))
         assert s.ask(TEXT, long | {"max_tokens": 2})[0] == 200
 
 
 def gone():
-    """A client that hangs up frees its blocks; one that does not read holds up nobody."""
+    """A client that hangs up frees its blocks, also one that waits for all at once, or is killed."""
     with Server(DEMO) as s:
         long = {"prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "n": 2}
         code = ("import sys; sys.path.insert(0, 'tests'); import serve; s = object.__new__(serve.Server); "
@@ -358,11 +359,16 @@ def gone():
         rest.readline()
     assert json.loads(rest.read().split(b"\n\n")[-2][6:])["error"]["code"] == 503
 
+
+def attack():
+    """Clients that do not read, half-open connections, random bytes, endless headers: it goes on serving."""
+    rng = random.Random(7)
     with Server(TINY) as s:
+        before = s.memory()
+        # one that does not read holds up nobody
         small = socket.socket()
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.connect(("127.0.0.1", s.port))
-        before = s.memory()
         body = json.dumps({"prompt": [1], "n": 128, "max_tokens": 200, "logprobs": 20, "stream": True})
         small.sendall(f"POST {TEXT} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
                       f"\r\n\r\n{body}".encode())
@@ -372,15 +378,6 @@ def gone():
             assert s.ask(TEXT, {"prompt": [1, 2], "max_tokens": 3})[0] == 200
         assert time.time() - start < 3
         assert s.memory() - before < 200e6, s.memory() - before
-        s.until(15, ("connections", 1))  # that one was given up
-        small.close()
-
-
-def attack():
-    """Random bytes, half-open connections, endless headers: it goes on serving."""
-    rng = random.Random(7)
-    with Server(TINY) as s:
-        before = s.memory()
 
         def connect(data):
             c = socket.create_connection(("127.0.0.1", s.port), timeout=20)
@@ -399,7 +396,8 @@ def attack():
         assert s.ask("/health")[0] == 200 and time.time() - start < 25
         for c in opened:
             c.close()
-        s.until(3, ("connections", 1))
+        s.until(3, ("connections", 1))  # the one that does not read was given up, too
+        small.close()
 
         lines = [b"POST " + TEXT.encode() + b" HTTP/1.1\r\n", b"GET /metrics HTTP/1.0\r\n", b"GET /health HTTP/1.1\r\n"]
         fields = [b"Content-Type: application/json\r\n", b"Content-Length: 20\r\n", b"Content-Length: -1\r\n",
@@ -432,7 +430,7 @@ def attack():
             raise AssertionError("it reads a body for ever")
         s.until(15, ("connections", 1), ("requests_running", 0))
         assert s.ask(TEXT, {"prompt": [1, 2], "max_tokens": 3})[0] == 200
-        assert s.memory() - before < 100e6, s.memory() - before
+        assert s.memory() - before < 200e6, s.memory() - before
 
 
 def listening(port):
