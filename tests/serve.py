@@ -370,10 +370,11 @@ def attack():
         small = socket.socket()
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.connect(("127.0.0.1", s.port))
-        body = json.dumps({"prompt": [1], "n": 128, "max_tokens": 200, "logprobs": 20, "stream": True})
+        body = json.dumps({"prompt": [1], "n": 128, "max_tokens": 100, "logprobs": 20, "stream": True})
         small.sendall(f"POST {TEXT} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
                       f"\r\n\r\n{body}".encode())
-        s.until(30, ("requests_finished_total", 1), ("connections", 2), ("blocks_used", 0))
+        s.until(30, ("requests_total", 1))
+        s.until(30, ("requests_running", 0), ("requests_waiting", 0), ("blocks_used", 0))
         start = time.time()
         for i in range(5):
             assert s.ask(TEXT, {"prompt": [1, 2], "max_tokens": 3})[0] == 200
