@@ -136,8 +136,8 @@ test: build/tests nanocu forks build/guide/record tools browser $(QWEN3) $(MODEL
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.
-test-sanitize: build/nanocu-sanitize forks browser $(QWEN3) $(MODEL)/config.json  ## the same under ASan and UBSan
-test-sanitize: build/tests-sanitize
+test-sanitize: build/nanocu-sanitize forks tools browser $(QWEN3)  ## the same under ASan and UBSan
+test-sanitize: build/tests-sanitize $(MODEL)/config.json $(OPENAI)
 	$(call run_tests,build/tests-sanitize -tce="demo model: greedy*",build/nanocu-sanitize)
 
 # The binary may come from another machine: it is built only where it is not there. racecheck breaks
