@@ -356,10 +356,10 @@ void batch(const Flags& f) {
                 double(tokens) / seconds, left.c_str(), last ? "\n" : "");
     };
     for (bool more = true; (more && !interrupted) || !jobs.empty(); progress(false)) {
-        // enough to keep all rows busy, and no more in memory; beyond that only some at a time, which
-        // are read while a GPU works
+        // enough to keep all rows busy, and no more in memory; beyond that only some at a time, so
+        // that a GPU works meanwhile
         int rows = s.engine.options.max_rows;
-        for (int read = 0; more && !interrupted && samples < (read < 8 ? 2 * rows : rows); read++) {
+        for (int n = 0; more && !interrupted && samples < (n < 8 ? 2 * rows : rows); n++) {
             string text;
             more = bool(std::getline(in, text));
             line++;
