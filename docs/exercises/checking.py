@@ -58,7 +58,17 @@ def run(*arguments, program=None, text=None):
     """Runs a program: its result, with returncode, stdout and stderr. nanocu has one thread."""
     one_thread = ["--threads", "1"] if arguments and arguments[0] in ("generate", "score") else []
     command = [program or binary, *map(str, arguments), *one_thread]
-    return subprocess.run(command, input=text, capture_output=True, text=True)
+    try:
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=200)
+    except subprocess.TimeoutExpired:
+        need(short(" ".join(command)), False, "an end within seconds", "none after 200 s")
+
+
+def run_check(name):
+    """Builds check.cpp of the exercise and becomes it: it says what it expects itself."""
+    make("build/exercises/" + name)
+    sys.stdout.flush()
+    os.execl("build/exercises/" + name, name)
 
 
 def nanocu(*arguments, program=None):

@@ -1,8 +1,4 @@
-"""Request::lookup, and --lookup K: check.cpp drives the engine with it."""
-import subprocess
-import sys
-
+"""Request::lookup: check.cpp drives the engine with it."""
 from checking import *
 
-make("build/exercises/6-prompt-lookup")
-sys.exit(subprocess.run(["build/exercises/6-prompt-lookup"]).returncode)
+run_check("6-prompt-lookup")

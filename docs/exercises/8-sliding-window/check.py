@@ -64,21 +64,22 @@ for i in range(9):
     prompt = ids[:(20, 70, 140)[i % 3]] + ([i] if i > 5 else [])
     requests.append({"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {
         "prompt": prompt, "max_tokens": 60, "temperature": 1, "seed": 5, "logprobs": 1,
-        "ignore_eos": True}})
+        "n": 1 + i % 2, "ignore_eos": True}})
 with open(FOLDER + "in.jsonl", "w") as file:
     file.writelines(json.dumps(r) + "\n" for r in requests)
 
 
 def batch(*flags):
     out = nanocu("batch", FOLDER + "24", FOLDER + "in.jsonl", "-o", "-", *flags, "--threads", 1)
-    found = {r["custom_id"]: r["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"]
+    found = {r["custom_id"]: [n for c in r["response"]["body"]["choices"]
+                              for n in c["logprobs"]["token_logprobs"]]
              for r in map(json.loads, out.splitlines())}
     return [found[str(i)] for i in range(9)]
 
 
 alone = batch("--max-rows", 1, "--no-prefix-cache")
-expect("(9 requests, 60 tokens each)", [len(r) for r in alone] == [60] * 9, [60] * 9,
-       [len(r) for r in alone])
+equal("(9 requests, one sample or two of 60 tokens each)", [60, 120] * 4 + [60],
+      [len(r) for r in alone])
 equal("one after another, with the prefix cache", alone, batch("--max-rows", 1))
 equal("all together", alone, batch())
 for blocks in (5, 8, 13, 20):
