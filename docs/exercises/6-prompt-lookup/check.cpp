@@ -36,6 +36,10 @@ std::map<std::pair<int, int>, Result> run_all(Engine& e, const vector<Request>& 
             for (const auto& t : o.prompt_logprobs) r.logprobs.push_back(t[0].logprob);
             if (o.finish) r.finish = o.finish;
         }
+    if (e.busy()) {
+        expect("all requests come to an end", false, "fewer than 600 steps", "no end in 600");
+        exit(done());
+    }
     return results;
 }
 
