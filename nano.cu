@@ -10,6 +10,7 @@
 // Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
 // Tests and forks include this file with NANOCU_NO_MAIN defined.
+#include <cpuid.h>
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
@@ -877,10 +878,22 @@ struct Flags : Request, EngineOptions {
     bool verbose = false, no_special = false;
     std::optional<float> temperature, top_p, min_p, repetition_penalty;  // else the model's own
     std::optional<int> top_k;
-    int threads = omp_get_num_procs();
+    int threads = 0;  // 0: one a core
     vector<string> stop;
     vector<int> pp = {512}, tg = {128}, rows = {1, 8}, depth = {16};
 };
+
+// What settings in MODEL/nanocu.json are for: the processor, its threads, and whether a GPU is used.
+string machine([[maybe_unused]] const string& device) {
+    unsigned brand[13] = {};  // 48 characters, in three parts
+    for (unsigned i = 0; i < 12; i += 4)
+        __get_cpuid(0x80000002 + i / 4, brand + i, brand + i + 1, brand + i + 2, brand + i + 3);
+    const char* more = "";
+#ifdef __CUDACC__
+    if (device != "cpu" && cuda::count_gpus() > 0) more = ", GPU";
+#endif
+    return str((const char*)brand, " x ", omp_get_num_procs(), more);
+}
 
 volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C
 
@@ -1314,6 +1327,24 @@ struct CommandLine {
         flag(to, "--verbose", f.verbose, "say what was chosen");
     }
 
+    // What the flags leave open is what docs/forks/tune.cu found best on this machine, if it did.
+    void take_settings() {
+        with_json(f.model + "/nanocu.json", [&](const json& j) {
+            std::map<string, std::pair<int*, int>> known = {{"threads", {&f.threads, 1024}},
+                {"max-rows", {&f.max_rows, 1 << 24}}, {"chunk", {&f.chunk, 1 << 24}}};
+            const json mine = j.is_object() ? value_or(j, machine(f.device), json::object()) : j;
+            for (const auto& [name, value] : mine.items()) {
+                auto [to, most] = known[name];
+                if (!to || !value.is_number_unsigned() || value < 1 || value > most)
+                    fail("\"", name, "\": ", value, " is no setting; delete the file, or tune again");
+                if (*to) continue;  // a flag says otherwise
+                *to = value;
+                if (f.verbose) std::cerr << f.model << "/nanocu.json: " << name << " " << *to << "\n";
+            }
+        }, true);
+        if (!f.threads) f.threads = omp_get_num_procs();
+    }
+
     // Reads the flags and does the work. Returns the exit status: after an error, which is one line
     // (what, where, what to do), 1; after Ctrl-C 130.
     int run(int argc, char** argv, const std::function<void()>& work) {
@@ -1328,6 +1359,7 @@ struct CommandLine {
             app.parse(argc, argv);
             for (const string& stop : f.stop)
                 if (stop.empty()) fail("--stop: is empty; leave it out");
+            take_settings();
             omp_set_num_threads(f.threads);
             work();
             return interrupted ? 130 : 0;

@@ -1,0 +1,218 @@
+// tune.cu: which --threads, --max-rows and --chunk are best on this machine for the requests of a
+// file, and MODEL/nanocu.json, where every program finds them afterwards (CommandLine, in nano.cu).
+//
+// Times on a machine with other work are noisy, so nothing is compared but what ran side by side: a
+// round runs the settings so far, each candidate, and the settings so far once more. What counts is a
+// candidate's time over theirs in the same round, in the median of all rounds, and the noise is how
+// far their own two times are apart. A candidate is taken if it is faster by more than that. The best
+// of many may have been lucky, so at last it meets the defaults again, in rounds of their own, and it
+// is kept only if it wins these, too.
+#define NANOCU_NO_MAIN
+#include "../../nano.cu"
+
+struct Setting {
+    int threads, rows, chunk;
+    bool operator==(const Setting&) const = default;
+    string text() const { return str("threads ", threads, ", max-rows ", rows, ", chunk ", chunk); }
+};
+
+double median(vector<double> v) {
+    std::ranges::sort(v);
+    size_t n = v.size();
+    return n ? (v[n / 2] + v[(n - 1) / 2]) / 2 : 1;
+}
+
+// The requests of a file: lengths as of bench --workload, or lines as of batch.
+vector<Job> read_jobs(const Flags& f) {
+    string text = read_file(f.workload);
+    Flags own = f;
+    if (!own.kv_memory) own.kv_memory = 1 << 28;  // the model is loaded again, with memory to measure
+    size_t first = text.find_first_not_of(" \t\r\n");
+    bool lines = first != string::npos && text[first] == '{';
+    Session s(own, lines);
+    vector<Job> jobs;
+    std::optional<Chat> format;
+    std::istringstream in(text);
+    if (!lines) for (auto [prompt, count] : read_workload(f.workload, s.engine.context)) {
+        jobs.emplace_back().request = bench_request(s, prompt, count);
+        jobs.back().request.sampling.temperature = 0.6f;  // as bench has it
+    }
+    for (string line; lines && std::getline(in, line);) {
+        if (line.find_first_not_of(" \t\r") == string::npos) continue;
+        jobs.emplace_back();
+        jobs.back().line = int64_t(jobs.size());
+        in_file(str(f.workload, ": request ", jobs.size()), [&] {
+            read_job(s, format, parse_json(line), jobs.back());
+        });
+        jobs.back().replies.clear();  // they know the session's tokenizer
+    }
+    return jobs;
+}
+
+class Tuner {
+public:
+    Tuner(const Flags& f, int rounds)
+        : f(f), rounds(rounds), jobs(read_jobs(f)), model(f.model, f.load == "dummy") {
+        if (fs::exists(f.model + "/tokenizer.json")) tokenizer.emplace(f.model);
+        Flags untouched = f;  // by an earlier run's settings
+        untouched.max_rows = untouched.chunk = 0;
+        Engine engine(model, untouched);
+        defaults = {omp_get_num_procs(), engine.options.max_rows, engine.options.chunk};
+        gpu = engine.device->overlaps;
+        for (const Job& job : jobs) {
+            rows += job.request.samples;
+            tokens += int(job.request.prompt.size()) + job.request.samples;
+        }
+    }
+
+    Setting defaults;
+    double gain = 1, noise = 1;
+
+    // The best setting found: one value after the other, each against the best so far.
+    Setting search() {
+        fprintf(stderr, "%zu requests; defaults: %s\n", jobs.size(), defaults.text().c_str());
+        Setting best = defaults;
+        seconds(best);  // to warm up
+        int cores = defaults.threads;
+        if (!gpu) try_values(best, &Setting::threads, {1, cores / 4, cores / 2, cores * 3 / 4});
+        try_values(best, &Setting::rows, {16, 32, 64, 128, 256, 512});
+        try_values(best, &Setting::chunk, {64, 128, 256, 512, 1024, 2048, 4096, 8192});
+        if (best == defaults || interrupted) return defaults;
+        vector<double> ratios, apart;
+        for (int i = 0; i < rounds + 2 && !interrupted; i++) {
+            double a = seconds(defaults), b = seconds(best), c = seconds(best), d = seconds(defaults);
+            ratios.push_back((a + d) / (b + c));
+            apart.push_back(std::abs(std::log(a / d)));
+            apart.push_back(std::abs(std::log(b / c)));
+        }
+        gain = median(ratios), noise = std::exp(median(apart));
+        fprintf(stderr, "%s: %.3f times as fast as the defaults (%.3f to %.3f), noise %.3f\n",
+                best.text().c_str(), gain, std::ranges::min(ratios), std::ranges::max(ratios), noise);
+        return gain > noise ? best : defaults;
+    }
+
+private:
+    // All requests at a time, from the first step to the last.
+    double seconds(const Setting& s) {
+        EngineOptions o = f;
+        o.max_rows = s.rows, o.chunk = s.chunk;
+        omp_set_num_threads(s.threads);
+        Engine engine(model, o);
+        const Tokenizer* text = tokenizer ? &*tokenizer : nullptr;
+        std::map<int, vector<Reply>> replies;  // by the engine's number; they see to stop strings
+        for (const Job& job : jobs)
+            replies[engine.add(job.request)].assign(job.request.samples,
+                                                    Reply{TextStream(text, job.stops)});
+        double start = now();
+        while (engine.busy() && !interrupted)
+            for (Output& out : engine.step()) replies[out.request][out.sample].take(engine, out);
+        return now() - start;
+    }
+
+    // More rows than texts, or a chunk of more than all their tokens, change nothing.
+    Setting used(Setting s) const {
+        return {s.threads, std::min(s.rows, rows), std::min(s.chunk, tokens)};
+    }
+
+    // Sets best's value to the one of values that is fastest, if it is faster than the noise.
+    void try_values(Setting& best, int Setting::* value, const vector<int>& values) {
+        struct Candidate {
+            Setting setting;
+            vector<double> ratios = {};  // its time to the best's, round by round
+        };
+        vector<Candidate> all;
+        vector<double> apart;
+        for (int v : values) {
+            Setting s = best;
+            s.*value = v;
+            auto same = [&](const Candidate& c) { return used(c.setting) == used(s); };
+            if (v < 1 || used(s) == used(best) || std::ranges::any_of(all, same)) continue;
+            all.push_back({s});
+        }
+        for (int i = 0; i < rounds && !all.empty() && !interrupted; i++) {
+            double before = seconds(best);
+            vector<double> times;
+            for (const Candidate& c : all) times.push_back(seconds(c.setting));
+            double after = seconds(best);
+            apart.push_back(std::abs(std::log(before / after)));
+            for (size_t j = 0; j < all.size(); j++)
+                all[j].ratios.push_back(2 * times[j] / (before + after));
+            // what is far behind need not run again
+            std::erase_if(all, [&](const Candidate& c) {
+                return median(c.ratios) > 1.25 * std::exp(apart.back()) && report(c, apart);
+            });
+        }
+        double fastest = std::exp(-median(apart));
+        for (const Candidate& c : all) {
+            report(c, apart);
+            if (median(c.ratios) < fastest && !interrupted) {
+                fastest = median(c.ratios);
+                best = c.setting;
+            }
+        }
+    }
+
+    template <class C>
+    bool report(const C& c, const vector<double>& apart) {
+        fprintf(stderr, "  %-42s %.3f of the time, noise %.3f\n", c.setting.text().c_str(),
+                median(c.ratios), std::exp(median(apart)));
+        return true;
+    }
+
+    const Flags& f;
+    int rounds;
+    vector<Job> jobs;
+    Model model;
+    std::optional<Tokenizer> tokenizer;
+    bool gpu;
+    int rows = 0, tokens = 0;  // that could be in a step
+};
+
+// Sets this machine's entry in MODEL/nanocu.json; an empty one is taken out. Others stay.
+void write_settings(const Flags& f, const ordered& entry) {
+    string path = f.model + "/nanocu.json", part = str(path, ".", getpid());
+    ordered all = ordered::object();
+    with_json(path, [&](const json& j) { all = j; }, true);
+    all.erase(machine(f.device));
+    if (!entry.empty()) all[machine(f.device)] = entry;
+    if (all.empty() && !fs::exists(path)) return;
+    if (all.empty()) fs::remove(path);
+    else {
+        std::ofstream file(part);
+        if (!(file << all.dump(2) << "\n" << std::flush))
+            fail(path, ": ", strerror(errno), "; cannot be written");
+        fs::rename(part, path);
+    }
+}
+
+void tune(const Flags& f, int rounds, bool dry) {
+    Tuner tuner(f, rounds);
+    Setting best = tuner.search();
+    if (interrupted) return;
+    ordered entry;
+    if (best != tuner.defaults)
+        entry = {{"threads", best.threads}, {"max-rows", best.rows}, {"chunk", best.chunk}};
+    if (!dry) write_settings(f, entry);
+    if (entry.empty()) return put("the defaults stay: nothing was faster by more than the noise\n");
+    put(str("best: ", best.text(), std::fixed, std::setprecision(3), "; ", tuner.gain,
+            " times as fast as the defaults", dry ? "" : str(", now in ", f.model, "/nanocu.json"),
+            "\n"));
+}
+
+int main(int argc, char** argv) {
+    CommandLine line("tune: the fastest rows, chunk and threads for a workload on this machine");
+    int rounds = 5;
+    bool dry = false;
+    line.model("");
+    line.flag(line.own, "--workload", line.f.workload,
+              "lengths as of bench --workload, or a JSONL batch file");
+    line.app.get_option("--workload")->required();
+    line.flag(line.own, "--rounds", rounds, "comparisons; else 5", CLI::Range(1, 1000));
+    line.flag(line.own, "--dry-run", dry, "write nothing");
+    line.flag(line.own, "--device", line.f.device, "auto, cpu, cuda or cuda:1");
+    line.flag(line.own, "--kv-memory", line.f.kv_memory, "size of the cache, as 512M",
+              CLI::AsSizeValue(false));
+    line.flag(line.own, "--max-context", line.f.max_context, "fewer tokens than the model allows",
+              kSize);
+    return line.run(argc, argv, [&] { tune(line.f, rounds, dry); });
+}
