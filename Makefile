@@ -8,7 +8,7 @@ TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp 
 MODEL    := models/smollm2
 BROWSER  := chromium chromium-driver python3-selenium
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
-TOOLS    := cmark-gfm libcpp-httplib-dev patch
+TOOLS    := cmark-gfm libcpp-httplib-dev libeigen3-dev patch
 
 # x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
 FLAGS    := -std=c++20 -march=x86-64-v3 -fopenmp -Wall -Wextra
@@ -50,6 +50,7 @@ nanocu: $(SOURCES) $(PARTS) | packages
 
 forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
 
+build/forks/compress build/gpu/compress: docs/forks/compress.hpp | tools
 build/forks/explain build/gpu/explain: docs/forks/explain.hpp docs/forks/explain.html
 build/forks/attribute build/forks/pick-prompt: docs/forks/answers.hpp
 # Debian's cpp-httplib is a shared library with the C++ library's types in its interface: one for both.

@@ -883,7 +883,7 @@ struct Flags : Request, EngineOptions {
     vector<int> pp = {512}, tg = {128}, rows = {1, 8}, depth = {16};
 };
 
-// What settings in MODEL/nanocu.json are for: the processor, its threads, and whether a GPU is used.
+// What settings in MODEL/nanocu.json are for: a processor, its threads, and whether a GPU is used.
 string machine([[maybe_unused]] const string& device) {
     unsigned brand[13] = {};  // 48 characters, in three parts
     for (unsigned i = 0; i < 12; i += 4)
@@ -1336,10 +1336,10 @@ struct CommandLine {
             for (const auto& [name, value] : mine.items()) {
                 auto [to, most] = known[name];
                 if (!to || !value.is_number_unsigned() || value < 1 || value > most)
-                    fail("\"", name, "\": ", value, " is no setting; delete the file, or tune again");
+                    fail("\"", name, "\": ", value, " is no setting; delete the file, tune again");
                 if (*to) continue;  // a flag says otherwise
                 *to = value;
-                if (f.verbose) std::cerr << f.model << "/nanocu.json: " << name << " " << *to << "\n";
+                if (f.verbose) std::cerr << str(f.model, "/nanocu.json: ", name, " ", *to, "\n");
             }
         }, true);
         if (!f.threads) f.threads = omp_get_num_procs();

@@ -14,3 +14,4 @@
 #include "exercises.cpp"
 #include "forks.cpp"
 #include "serve.cpp"
+#include "compress.cpp"

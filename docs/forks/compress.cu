@@ -1,16 +1,16 @@
 // compress.cu: what smaller weights cost. Methods that shrink a model's matrices are applied to all
-// matrices of a kind (all q, all gate, ...) and to all matrices at once, and each time the perplexity
-// of a text is measured:
+// matrices of a kind (all q, all gate, ...) and to all matrices at once, and each time the
+// perplexity of a text is measured:
 //
-//   int8, int4, int4/64  symmetric rounding to nearest: numbers in a row, or in a group of 64 of a
-//                        row, are integers of so many bits times one bf16 scale, largest / (2^(b-1)-1)
+//   int8, int4, int4/64  symmetric rounding to nearest: the numbers of a row, or of each 64 in a
+//                        row, are integers of b bits times one bf16 scale, largest / (2^(b-1) - 1)
 //   prune50              the half of a matrix that is smallest in magnitude becomes 0; what is left
 //                        stays bf16, and a bit for each number tells where it goes
-//   rank25               two bf16 factors of a quarter of the full rank, by the singular value
+//   rank50               two bf16 factors of half the full rank, by the singular value
 //                        decomposition: no others are closer (Eckart and Young 1936)
 //
 // The engine computes with bf16, so it gets what the small form stands for, rounded to bf16: a copy
-// of each changed matrix, into which the model's view then points. Sizes are those of the small form.
+// of each changed matrix, where the model's view then points. Sizes are those of the small form.
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
 
@@ -35,7 +35,7 @@ struct Method {
             bool fits = w == kInt ? amount >= 2 && amount <= 8 : amount >= 1 && amount <= 99;
             if (fits && group >= 0 && name == text) return;
         }
-        fail("--methods ", text, ": not known; int2 to int8, int4/32, prune1 to 99, rank1 to 99 are");
+        fail("--methods ", text, ": not known; int2 to int8, int4/32, prune50 and rank50 are");
     }
 
     int rank(const Matrix& m) const { return std::max(1, std::min(m.rows, m.cols) * amount / 100); }
@@ -167,10 +167,10 @@ struct Result {
 #include "compress.hpp"  // how results are shown, and models are written
 
 struct Options {
-    vector<string> methods = {"int8", "int4", "int4/64", "int4/32", "prune50", "prune75", "rank50",
-                              "rank25"};
+    vector<string> methods = {"int8", "int4", "int4/64", "int4/32", "prune50", "prune75", "rank75",
+                              "rank50"};
     vector<string> kinds;
-    int tokens = 512, layer = -1;
+    int tokens = 256, layer = -1;
     string svg, folder;
 };
 
@@ -194,8 +194,9 @@ void compress(const Flags& f, const Options& o) {
         unknown.erase(t.kind);
         chosen.push_back(&t);
     }
-    if (!unknown.empty()) fail("--kinds ", *unknown.begin(), ": no such matrix here; q, k, v, o, gate, "
-                               "up, down, embed are, and lm_head where it is not embed");
+    if (!unknown.empty())
+        fail("--kinds ", *unknown.begin(), ": no such matrix here; q, k, v, o, gate, up, down are; "
+             "without --layer embed, and lm_head if it is not embed");
     if (chosen.empty()) fail("--layer ", o.layer, ": the model has 0 to ", m.config.layers - 1);
     if (kinds.size() > 1) kinds.push_back("all");
     if (!o.folder.empty()) kinds = {kinds.back()};
@@ -232,25 +233,26 @@ void compress(const Flags& f, const Options& o) {
     if (!o.folder.empty()) write_model(f.model, o.folder, tensors);
     show(f, results, kinds, o.methods, base, ids.size(), whole);
     if (!o.folder.empty())
-        put(str("\n", o.folder, ": written, in bf16 and so as large as before; compressed the weights "
-                "would take ", megabytes(whole - results[0].before + results[0].bytes), " of ",
-                megabytes(whole), " MB\n"));
+        put(str("\n", o.folder, ": written, in bf16 and so as large as before; compressed the "
+                "weights would take ", megabytes(whole - results[0].before + results[0].bytes),
+                " of ", megabytes(whole), " MB\n"));
 }
 
 int main(int argc, char** argv) {
     CommandLine line("compress: size against perplexity");
     Options o;
-    line.f.kv_memory = 0;
     line.model("");
     line.text_flags(line.own);
     line.flag(line.own, "--no-special", line.f.no_special, "add no bos in front of the text");
-    line.flag(line.own, "--tokens", o.tokens, "of the text, the first; else 512", CLI::Range(2, 1 << 20));
+    line.flag(line.own, "--tokens", o.tokens, "of the text, the first; else 256",
+              CLI::Range(2, 1 << 20));
     auto list = [&](const char* name, vector<string>& value, const char* what) {
         line.app.add_option(name, value, what)->delimiter(',')->allow_extra_args(false);
     };
-    list("--methods", o.methods, "int2 to int8, int4/32, prune50, rank25; with commas between");
+    list("--methods", o.methods, "int2 to int8, int4/32, prune50, rank50; with commas between");
     list("--kinds", o.kinds, "only these: q, k, v, o, gate, up, down, embed, lm_head");
-    line.flag(line.own, "--layer", o.layer, "only matrices of this layer, from 0", CLI::Range(0, 10000));
+    line.flag(line.own, "--layer", o.layer, "only matrices of this layer, from 0",
+              CLI::Range(0, 10000));
     line.flag(line.own, "--svg", o.svg, "a file for the plot");
     line.flag(line.own, "--write", o.folder, "a new folder for the model after the one method");
     line.flag(line.own, "--json", line.f.json, "JSON, an object a measurement");

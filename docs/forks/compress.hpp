@@ -1,5 +1,5 @@
-// compress.hpp: how docs/forks/compress.cu, which includes this, shows its results (a table, JSON, a
-// plot) and writes a compressed model.
+// compress.hpp: how docs/forks/compress.cu, which includes this, shows its results (a table, JSON,
+// a plot) and writes a compressed model.
 #pragma once
 
 string megabytes(double bytes) { return str(std::fixed, std::setprecision(1), bytes / 1e6); }
@@ -13,7 +13,8 @@ string digits4(double x) {
 using Names = vector<string>;
 
 const Result& result_of(const vector<Result>& all, const string& kind, const string& method) {
-    return *std::ranges::find_if(all, [&](auto& r) { return r.kind == kind && r.method == method; });
+    auto wanted = [&](const Result& r) { return r.kind == kind && r.method == method; };
+    return *std::ranges::find_if(all, wanted);
 }
 
 void show(const Flags& f, const vector<Result>& results, const Names& kinds, const Names& methods,
@@ -50,7 +51,7 @@ void show(const Flags& f, const vector<Result>& results, const Names& kinds, con
 // times the model's own: hollow marks at the top are beyond.
 string plot(const vector<Result>& results, const Names& kinds, const Names& methods, double base) {
     const int w = 230, h = 150, columns = std::min(3, int(kinds.size()));
-    const int per_row = 4 * columns - 2 * (columns == 1), legend = (int(methods.size()) - 1) / per_row;
+    const int per_row = 3 * columns, legend = (int(methods.size()) - 1) / per_row;
     const int top = 60 + 20 * legend, rows = (int(kinds.size()) + columns - 1) / columns;
     const int width = 50 + columns * (w + 50), height = top + rows * (h + 60);
     auto mark = [&](size_t method, double x, double y, bool hollow) {
@@ -61,26 +62,27 @@ string plot(const vector<Result>& results, const Names& kinds, const Names& meth
         string color = str("hsl(", 360 * method / methods.size(), " 70% 45%)");
         return str(at, " stroke='", color, "' fill='", hollow ? "none" : color, "'");
     };
-    auto text = [](double x, double y, const char* anchor, const string& what, const char* more = "") {
-        return str("<text x='", x, "' y='", y, "' text-anchor='", anchor, "'", more, ">", what,
-                   "</text>\n");
+    auto text = [](double x, double y, const char* anchor, const string& what) {
+        return str("<text x='", x, "' y='", y, "' text-anchor='", anchor, "'>", what, "</text>\n");
     };
     string out = str("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 ", width, " ", height,
-        "' width='", width, "' height='", height, "' role='img'>\n<title>size against perplexity"
-        "</title>\n<style>svg { background: #fff } text { font: 12px sans-serif; fill: #222 } "
-        ".line { stroke: #8888; fill: none } @media (prefers-color-scheme: dark) { svg { background: "
-        "#161616 } text { fill: #ddd } }</style>\n");
-    out += text(10, 18, "start", "perplexity against size, in % of bf16", " font-weight='bold'");
+        "' width='", width, "' height='", height, "' role='img'>\n"
+        "<title>size against perplexity</title>\n<style>\n"
+        "svg { background: #fff } text { font: 12px sans-serif; fill: #222 }\n"
+        ".line { stroke: #8888; fill: none }\n@media (prefers-color-scheme: dark) {\n"
+        "    svg { background: #161616 } text { fill: #ddd }\n}\n</style>\n");
+    out += text(10, 18, "start", "perplexity against size, in % of bf16");
     for (size_t i = 0; i < methods.size(); i++) {
         double x = 20 + i % per_row * ((width - 20.0) / per_row), y = 38 + 20.0 * (i / per_row);
         out += mark(i, x, y, false) + "/>" + text(x + 10, y + 4, "start", methods[i]);
     }
     for (size_t k = 0; k < kinds.size(); k++) {
-        double left = 60 + k % columns * (w + 50.0), bottom = top + 25 + h + k / columns * (h + 60.0);
-        const Result& first = result_of(results, kinds[k], methods[0]);
-        out += text(left, bottom - h - 8, "start", str(kinds[k], ", ", megabytes(first.before), " MB"));
-        for (int i = 0; i <= 4; i++)
-            out += text(left + i * w / 4.0, bottom + 16, "middle", str(25 * i));
+        double left = 60 + k % columns * (w + 50.0);
+        double bottom = top + 25 + h + k / columns * (h + 60.0);
+        string size_of = megabytes(result_of(results, kinds[k], methods[0]).before);
+        out += text(left, bottom - h - 8, "start", kinds[k] + ", " + size_of + " MB");
+        for (int i = 0; i <= 6; i++)
+            out += text(left + i * w / 6.0, bottom + 16, "middle", str(20 * i));
         for (int i = 0; i <= 5; i++) {
             double y = bottom - i * h / 5.0;
             out += str("<path class='line' d='M", left, " ", y, "h", w, "'/>\n");
@@ -91,10 +93,9 @@ string plot(const vector<Result>& results, const Names& kinds, const Names& meth
             double doublings = std::log2(r.perplexity / base), size = 100 * r.bytes / r.before;
             bool beyond = !(doublings <= 5);
             double y = bottom - (beyond ? 5 : std::max(0.0, doublings)) * h / 5;
-            out += mark(i, left + std::min(size, 100.0) * w / 100, y, beyond) +
-                str("><title>", methods[i], ": ", digits4(size), "%, perplexity ",
-                    digits4(r.perplexity), "</title></",
-                    methods[i][0] == 'i' ? "circle" : methods[i][0] == 'p' ? "rect" : "path", ">\n");
+            out += str("<g><title>", methods[i], ": ", digits4(size), "%, perplexity ",
+                       digits4(r.perplexity), "</title>",
+                       mark(i, left + std::min(size, 120.0) * w / 120, y, beyond), "/></g>\n");
         }
     }
     return out + "</svg>\n";
@@ -110,8 +111,8 @@ void check_new(const string& folder) {
         fail(folder, ": is there already; give --write a new folder");
 }
 
-// Writes the model that has these tensors, and what else is in the folder from: into a folder beside
-// to, which becomes to when all is there.
+// Writes the model that has these tensors, and what else is in the folder from: into a folder
+// beside to, which becomes to when all is there.
 void write_model(const string& from, const string& to, const vector<Tensor>& tensors) {
     fs::path target = fs::absolute(to + "/").parent_path();
     string part = target.string() + ".XXXXXX";
@@ -147,7 +148,7 @@ void write_model(const string& from, const string& to, const vector<Tensor>& ten
             if (interrupted) fail(to, ": not written");
         }
         file.close();
-        if (!file) fail(to, ": ", strerror(errno), "; make room for ", megabytes(double(size)), " MB");
+        if (!file) fail(to, ": cannot be written; make room for ", megabytes(double(size)), " MB");
         fs::rename(part, target);
     } catch (...) {
         fs::remove_all(part);

@@ -2,11 +2,11 @@
 // file, and MODEL/nanocu.json, where every program finds them afterwards (CommandLine, in nano.cu).
 //
 // Times on a machine with other work are noisy, so nothing is compared but what ran side by side: a
-// round runs the settings so far, each candidate, and the settings so far once more. What counts is a
-// candidate's time over theirs in the same round, in the median of all rounds, and the noise is how
-// far their own two times are apart. A candidate is taken if it is faster by more than that. The best
-// of many may have been lucky, so at last it meets the defaults again, in rounds of their own, and it
-// is kept only if it wins these, too.
+// round runs the settings so far, each candidate, and the settings so far once more. What counts is
+// a candidate's time over theirs in the same round, in the median of all rounds, and the noise is
+// how far their own two times are apart. A candidate is taken if it is faster by more than that.
+// The best of many may have been lucky, so at last it meets the defaults again, in rounds of their
+// own, and it is kept only if it wins these, too.
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
 
@@ -26,10 +26,10 @@ double median(vector<double> v) {
 vector<Job> read_jobs(const Flags& f) {
     string text = read_file(f.workload);
     Flags own = f;
-    if (!own.kv_memory) own.kv_memory = 1 << 28;  // the model is loaded again, with memory to measure
+    if (!own.kv_memory) own.kv_memory = 1 << 28;  // this engine only knows the context
     size_t first = text.find_first_not_of(" \t\r\n");
     bool lines = first != string::npos && text[first] == '{';
-    Session s(own, lines);
+    Session s(own);
     vector<Job> jobs;
     std::optional<Chat> format;
     std::istringstream in(text);
@@ -80,14 +80,16 @@ public:
         if (best == defaults || interrupted) return defaults;
         vector<double> ratios, apart;
         for (int i = 0; i < rounds + 2 && !interrupted; i++) {
-            double a = seconds(defaults), b = seconds(best), c = seconds(best), d = seconds(defaults);
+            double a = seconds(defaults), b = seconds(best);
+            double c = seconds(best), d = seconds(defaults);
             ratios.push_back((a + d) / (b + c));
             apart.push_back(std::abs(std::log(a / d)));
             apart.push_back(std::abs(std::log(b / c)));
         }
         gain = median(ratios), noise = std::exp(median(apart));
+        auto [least, most] = std::ranges::minmax(ratios);
         fprintf(stderr, "%s: %.3f times as fast as the defaults (%.3f to %.3f), noise %.3f\n",
-                best.text().c_str(), gain, std::ranges::min(ratios), std::ranges::max(ratios), noise);
+                best.text().c_str(), gain, least, most, noise);
         return gain > noise ? best : defaults;
     }
 
@@ -137,26 +139,26 @@ private:
             apart.push_back(std::abs(std::log(before / after)));
             for (size_t j = 0; j < all.size(); j++)
                 all[j].ratios.push_back(2 * times[j] / (before + after));
-            // what is far behind need not run again
-            std::erase_if(all, [&](const Candidate& c) {
-                return median(c.ratios) > 1.25 * std::exp(apart.back()) && report(c, apart);
+            std::erase_if(all, [&](const Candidate& c) {  // far behind: need not run again
+                bool hopeless = median(c.ratios) > 1.25 * std::exp(median(apart));
+                if (hopeless) report(c.setting, c.ratios, apart);
+                return hopeless;
             });
         }
         double fastest = std::exp(-median(apart));
         for (const Candidate& c : all) {
-            report(c, apart);
-            if (median(c.ratios) < fastest && !interrupted) {
-                fastest = median(c.ratios);
-                best = c.setting;
-            }
+            if (interrupted) return;
+            report(c.setting, c.ratios, apart);
+            if (median(c.ratios) >= fastest) continue;
+            fastest = median(c.ratios);
+            best = c.setting;
         }
     }
 
-    template <class C>
-    bool report(const C& c, const vector<double>& apart) {
-        fprintf(stderr, "  %-42s %.3f of the time, noise %.3f\n", c.setting.text().c_str(),
-                median(c.ratios), std::exp(median(apart)));
-        return true;
+    static void report(const Setting& s, const vector<double>& ratios,
+                       const vector<double>& apart) {
+        fprintf(stderr, "  %-42s %.3f of the time (%zu rounds), noise %.3f\n", s.text().c_str(),
+                median(ratios), ratios.size(), std::exp(median(apart)));
     }
 
     const Flags& f;
