@@ -179,6 +179,8 @@ void compress(const Flags& f, const Options& o) {
     if (!o.folder.empty() && methods.size() != 1) fail("--write: give one method with --methods");
     if (!o.folder.empty()) check_new(o.folder);
     Model m(f.model, f.load == "dummy");
+    if (o.layer >= m.config.layers)
+        fail("--layer ", o.layer, ": the model has 0 to ", m.config.layers - 1);
     Tokenizer tokenizer(f.model);
     vector<int> ids = tokenizer.encode(input_text(f), !f.no_special);
     if (ids.size() < 2) fail("the text: ", ids.size(), " tokens; give some more");
@@ -197,7 +199,6 @@ void compress(const Flags& f, const Options& o) {
     if (!unknown.empty())
         fail("--kinds ", *unknown.begin(), ": no such matrix here; q, k, v, o, gate, up, down are; "
              "without --layer embed, and lm_head if it is not embed");
-    if (chosen.empty()) fail("--layer ", o.layer, ": the model has 0 to ", m.config.layers - 1);
     if (kinds.size() > 1) kinds.push_back("all");
     if (!o.folder.empty()) kinds = {kinds.back()};
     auto point = [&](const string& kind, bool changed) {
