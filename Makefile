@@ -53,6 +53,7 @@ forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
 build/forks/compress build/gpu/compress: docs/forks/compress.hpp | tools
 build/forks/explain build/gpu/explain: docs/forks/explain.hpp docs/forks/explain.html
 build/forks/attribute build/forks/pick-prompt: docs/forks/answers.hpp
+$(foreach f,attribute compress explain tune,build/forks/$f build/gpu/$f): docs/forks/whole_file.hpp
 # Debian's cpp-httplib is a shared library with the C++ library's types in its interface: one for both.
 build/forks/serve: PORTABLE = $(call static,gomp) -lcpp-httplib
 build/forks/serve: docs/forks/http.hpp | tools

@@ -1055,6 +1055,13 @@ bool read_message(string& text) {
     }
 }
 
+// What the template adds behind an answer, less what the model has said of it itself.
+vector<int> end_of_turn(const Chat& format, const Tokenizer& text, const vector<int>& answer) {
+    string rest = format.end_of_turn, last = answer.empty() ? "" : text.bytes(answer.back());
+    if (rest.starts_with(last)) rest.erase(0, last.size());
+    return text.encode(rest);
+}
+
 void chat(const Flags& f) {
     Chat format = Chat::load(f.model);
     Session s(f, true);
@@ -1075,10 +1082,7 @@ void chat(const Flags& f) {
             std::cerr << "(the context is full: the oldest turn is forgotten)\n";
         }
         vector<int> ids = run(s, s.request(prompt), true)[0].ids;
-        // what the template adds behind an answer, less what the model has said of it itself
-        string rest = format.end_of_turn, last = ids.empty() ? "" : text.bytes(ids.back());
-        if (rest.starts_with(last)) rest.erase(0, last.size());
-        for (const auto& more : {ids, text.encode(rest)})
+        for (const auto& more : {ids, end_of_turn(format, text, ids)})
             turns.back().insert(turns.back().end(), more.begin(), more.end());
     };
     if (f.text && f.text->empty()) fail("--prompt: no text; give a question");

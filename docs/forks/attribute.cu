@@ -12,6 +12,7 @@
 #include "../../nano.cu"
 
 #include "answers.hpp"
+#include "whole_file.hpp"
 
 struct Options {
     Flags& f;
@@ -175,19 +176,6 @@ string page(const Options& o, const vector<Piece>& pieces, const string& answer,
         "</tbody></table>\n</main></body></html>\n");
 }
 
-// The whole file or none of it.
-void save(const string& path, const string& text) {
-    string part = path + ".part";
-    if (fs::exists(path) && !fs::is_regular_file(path)) fail(path, ": is no file; give another -o");
-    std::ofstream file(part, std::ios::binary);
-    file << text;
-    file.close();
-    if (file && !rename(part.c_str(), path.c_str())) return;
-    int error = errno;
-    remove(part.c_str());
-    fail(path, ": ", strerror(error), "; give another -o");
-}
-
 void attribute(const Options& o) {
     const Flags& f = o.f;
     double start = now();
@@ -247,7 +235,8 @@ void attribute(const Options& o) {
     fprintf(stderr, "\nanswer %s, log-probability %.2f; %zu variants, %ld tokens (%ld from cache), "
             "%.2f s\n", json(answer).dump().c_str(), scores.logprobs[0], questions.size(),
             long(scores.tokens), long(scores.cached), seconds);
-    if (!o.page.empty()) save(o.page, page(o, pieces, answer, scores.logprobs[0]));
+    if (!o.page.empty())
+        WholeFile(o.page).finish(page(o, pieces, answer, scores.logprobs[0]));
 }
 
 int main(int argc, char** argv) {

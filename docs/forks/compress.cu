@@ -164,6 +164,7 @@ struct Result {
     double bytes, before, perplexity;  // of these matrices, compressed and in bf16
 };
 
+#include "whole_file.hpp"
 #include "compress.hpp"  // how results are shown, and models are written
 
 struct Options {
@@ -230,7 +231,7 @@ void compress(const Flags& f, const Options& o) {
     if (isatty(2)) std::cerr << "\r\33[K";
     if (interrupted) return;
     double whole = double(m.weights.bytes);
-    if (!o.svg.empty()) write_file(o.svg, plot(results, kinds, o.methods, base));
+    if (!o.svg.empty()) WholeFile(o.svg).finish(plot(results, kinds, o.methods, base));
     if (!o.folder.empty()) write_model(f.model, o.folder, tensors);
     show(f, results, kinds, o.methods, base, ids.size(), whole);
     if (!o.folder.empty())

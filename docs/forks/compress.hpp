@@ -101,11 +101,6 @@ string plot(const vector<Result>& results, const Names& kinds, const Names& meth
     return out + "</svg>\n";
 }
 
-void write_file(const string& path, const string& text) {
-    std::ofstream file(path, std::ios::binary);
-    if (!(file << text << std::flush)) fail(path, ": ", strerror(errno), "; cannot be written");
-}
-
 void check_new(const string& folder) {
     if (fs::exists(folder) && !(fs::is_directory(folder) && fs::is_empty(folder)))
         fail(folder, ": is there already; give --write a new folder");

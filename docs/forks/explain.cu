@@ -9,35 +9,11 @@
 #include "../../nano.cu"
 
 #include "explain.hpp"
+#include "whole_file.hpp"
 
 const char kPage[] =
 #include "explain.html"
     ;
-
-// A file that appears when it is whole, or not at all.
-class WholeFile {
-public:
-    explicit WholeFile(const string& path) : path(path), temporary(path + ".part") {
-        if (fs::exists(path) && !fs::is_regular_file(path)) fail(path, ": is not a file");
-        file.open(temporary, std::ios::binary);
-        if (!file) fail(path, ": ", strerror(errno), "; give another name");
-    }
-    WholeFile(const WholeFile&) = delete;
-    ~WholeFile() { if (!finished) remove(temporary.c_str()); }
-
-    void finish(const string& text) {
-        file << text;
-        file.close();
-        if (!file || rename(temporary.c_str(), path.c_str()))
-            fail(path, ": ", strerror(errno), "; nothing was written");
-        finished = true;
-    }
-
-private:
-    string path, temporary;
-    std::ofstream file;
-    bool finished = false;
-};
 
 // The record as trace events, for Perfetto or chrome://tracing: a track of steps, one for each
 // sequence, and the blocks in use. Times in microseconds.
@@ -93,9 +69,7 @@ void run_chat(Session& s, Recorder& recorder, const vector<string>& questions) {
         append(encode(format.user_turn(question)));
         vector<int> answer = recorder.run({s.request(ids)}, {s.f.stop});
         append(answer);
-        string rest = format.end_of_turn;
-        string last = answer.empty() ? "" : s.tokenizer->bytes(answer.back());
-        append(encode(rest.starts_with(last) ? rest.substr(last.size()) : rest));
+        append(end_of_turn(format, *s.tokenizer, answer));
     }
 }
 

@@ -493,6 +493,12 @@ struct Barrier {
         asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(at)
                      : "memory");
     }
+    __device__ static void expect(unsigned at, int bytes) {  // arrives, and announces bytes
+#if __CUDA_ARCH__ >= 900
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+                     : "memory");
+#endif
+    }
     __device__ static bool test(unsigned at, int parity) {
         unsigned done;
         asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
@@ -521,9 +527,7 @@ constexpr int kFetchers = 1;  // arrivals at full
 template <int kPage>
 __device__ void fetch_pages(int count, auto page, unsigned to, unsigned full) {
     int lane = threadIdx.x % 32, bytes = kPage * sizeof(b16);
-    if (lane == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full),
-                     "r"(count * bytes) : "memory");
+    if (lane == 0) Barrier::expect(full, count * bytes);
     __syncwarp();
     for (int j = lane; j < count; j += 32)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"

@@ -256,13 +256,7 @@ struct Ring {
 };
 
 // Lets the copy engine bring a box of a tensor to an address; one lane calls it. The barrier, which
-// expect has told of the bytes, is full when all of them are there.
-__device__ void expect(unsigned barrier, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-#endif
-}
+// was told of the bytes (expect), is full when all of them are there.
 __device__ void copy_box(const CUtensorMap* map, int row, int at2, int at3, unsigned to,
                          unsigned barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -311,7 +305,7 @@ struct Producer {
         for (int i = 0; i < 2; i++) {
             one_more(most);
             if (threadIdx.x % 32 == 0) {
-                expect(ring.full_at(i), bytes);
+                Barrier::expect(ring.full_at(i), bytes);
                 copy_box(map, row, chunk + i * kPieceChunks / 2, layer,
                          ring.at() + i * kSlotBytes / 2, ring.full_at(i));
             }
@@ -332,7 +326,7 @@ struct Producer {
                 for (int j = 0; j < 2; j++) {
                     int first = p + j * kPages, pages = max(0, min(kPages, u.last - first));
                     one_more(2 * a.in_flight);  // few blocks do this, and all wait for them
-                    if (lane == 0) expect(ring.full_at(j), pages * kPage);
+                    if (lane == 0) Barrier::expect(ring.full_at(j), pages * kPage);
                     __syncwarp();
                     if (lane < pages)
                         copy_box(map, u.head * HD / 16, 0,

@@ -10,6 +10,8 @@
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
 
+#include "whole_file.hpp"
+
 struct Setting {
     int threads, rows, chunk;
     bool operator==(const Setting&) const = default;
@@ -172,19 +174,14 @@ private:
 
 // Sets this machine's entry in MODEL/nanocu.json; an empty one is taken out. Others stay.
 void write_settings(const Flags& f, const ordered& entry) {
-    string path = f.model + "/nanocu.json", part = str(path, ".", getpid());
+    string path = f.model + "/nanocu.json";
     ordered all = ordered::object();
     with_json(path, [&](const json& j) { all = j; }, true);
     all.erase(machine(f.device));
     if (!entry.empty()) all[machine(f.device)] = entry;
     if (all.empty() && !fs::exists(path)) return;
     if (all.empty()) fs::remove(path);
-    else {
-        std::ofstream file(part);
-        if (!(file << all.dump(2) << "\n" << std::flush))
-            fail(path, ": ", strerror(errno), "; cannot be written");
-        fs::rename(part, path);
-    }
+    else WholeFile(path).finish(all.dump(2) + "\n");
 }
 
 void tune(const Flags& f, int rounds, bool dry) {
