@@ -2,27 +2,35 @@
 # CXX, CXXFLAGS and LDFLAGS are respected.
 
 SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
-PARTS    := docs/forks/gpu.hpp docs/forks/stream.hpp docs/forks/batch.hpp
-FORKS    := $(patsubst docs/forks/%.cu,build/forks/%,$(wildcard docs/forks/*.cu))
+PARTS    := $(wildcard docs/nanocu.cu docs/chapters/* docs/commands/*.* docs/forks/*)
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
+PREFIX   := /usr/local
 BROWSER  := chromium chromium-driver python3-selenium
-PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev python3-venv
-TOOLS    := cmark-gfm libcpp-httplib-dev libeigen3-dev patch
+PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev \
+    libedit-dev libbsd-dev libmd-dev libncurses-dev libeigen3-dev python3-venv
+TOOLS    := cmark-gfm libcpp-httplib-dev patch
+NVCC     := $(shell command -v nvcc)
 
 # x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
-FLAGS    := -std=c++20 -march=x86-64-v3 -fopenmp -Wall -Wextra
+ARCH     := $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3)
+FLAGS    := -std=c++20 $(ARCH) -fopenmp -Wall -Wextra
 # Tests are built without NDEBUG: freed memory is poisoned, and the standard library checks indices.
 CHECKED  := -g1 -D_GLIBCXX_ASSERTIONS
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -DDOCTEST_CONFIG_NO_POSIX_SIGNALS
 
 # A library is linked statically where it can be; nanocu itself then needs only the C library.
-static    = $(if $(filter /%,$(shell $(CXX) -print-file-name=lib$1.a)),-l:lib$1.a,-l$1)
-LIBS      = $(call static,pcre2-8) $(call static,utf8proc)
+# libedit brings three others, which are of no use where it is a shared library.
+found     = $(filter /%,$(shell $(CXX) -print-file-name=lib$1.a))
+static    = $(if $(call found,$1),-l:lib$1.a,-l$1)
+EDIT      = $(if $(call found,edit),-l:libedit.a $(foreach l,bsd md tinfo,$(call static,$l)),-ledit)
+LIBS      = $(call static,pcre2-8) $(call static,utf8proc) $(EDIT)
 PORTABLE  = $(call static,gomp) -static-libstdc++ -static-libgcc -Wl,--as-needed
+# Debian's cpp-httplib is a shared library with the C++ library's types in its interface: one for both.
+HTTP      = $(call static,gomp) -lcpp-httplib
 define compile
 	@mkdir -p $(@D)
-	$(CXX) $(FLAGS) $1 $(CXXFLAGS) -x c++ $< $(LIBS) $2 $(LDFLAGS) -o $@
+	$(CXX) $(FLAGS) $1 $(CXXFLAGS) -x c++ $< -x none $(LIBS) $2 $(LDFLAGS) -o $@
 endef
 
 # The build for GPUs, with nvcc: Hopper's own code, and for the others from Ampere on.
@@ -30,12 +38,13 @@ GPU_CODE := -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compu
 define compile_gpu
 	@mkdir -p $(@D)
 	nvcc -x cu -std=c++20 $(GPU_CODE) -diag-suppress 68,20011,20014 \
-	    -Xcompiler -march=x86-64-v3,-fopenmp,-Wall,-Wextra $1 $< -o $@ $(LIBS) -lcublas -lgomp
+	    -Xcompiler $(if $(ARCH),$(ARCH)$(comma))-fopenmp,-Wall,-Wextra $1 $< -o $@ $(LIBS) $2 -lcublas -lgomp
 endef
+comma := ,
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build forks gpu model test test-gpu test-sanitize docs-check guide lines \
-    packages tools browser clean distclean
+.PHONY: help demo build plain gpu install model test test-exercises test-gpu test-sanitize docs-check \
+    guide lines packages tools browser clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -43,40 +52,42 @@ help:
 demo: nanocu $(MODEL)/config.json  ## install, build and fetch what is missing, then ask a model a question
 	./nanocu chat $(MODEL) -t 0 -p "What is the capital of France?"
 
-build: nanocu  ## the binary, ./nanocu
+build: nanocu nanocu-serve  ## ./nanocu, with all chapters and commands, and nanocu-serve beside it
 
-nanocu: $(SOURCES) $(PARTS) | packages
+nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
-forks: $(FORKS)  ## the programs in docs/forks, build/forks/NAME
+nanocu-serve: docs/commands/serve.cu $(SOURCES) $(PARTS) | packages tools
+	$(call compile,-O3 -DNDEBUG,$(HTTP))
 
-build/forks/compress build/gpu/compress: docs/forks/compress.hpp | tools
-build/forks/explain build/gpu/explain: docs/forks/explain.hpp docs/forks/explain.html
-build/forks/attribute build/forks/pick-prompt: docs/forks/answers.hpp
-$(foreach f,attribute compress explain tune,build/forks/$f build/gpu/$f): docs/forks/whole_file.hpp
-# Debian's cpp-httplib is a shared library with the C++ library's types in its interface: one for both.
-build/forks/serve: PORTABLE = $(call static,gomp) -lcpp-httplib
-build/forks/serve: docs/forks/http.hpp | tools
+plain: build/plain/nanocu $(if $(NVCC),build/plain/nanocu-gpu)  ## nano.cu alone, build/plain/nanocu; with nvcc the GPU too
 
-build/forks/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
+build/plain/nanocu: $(SOURCES) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
-gpu: build/gpu/nanocu  ## the binary with the GPU in it, build/gpu/nanocu; needs nvcc
-
-build/gpu/nanocu: $(SOURCES) $(PARTS) | packages
+build/plain/nanocu-gpu: $(SOURCES) | packages
 	$(call compile_gpu,-O3 -DNDEBUG)
 
-build/gpu/%: docs/forks/%.cu $(SOURCES) $(PARTS) | packages
+gpu: build/gpu/nanocu build/gpu/nanocu-serve  ## both with the GPU in them, in build/gpu; needs nvcc
+
+build/gpu/nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O3 -DNDEBUG)
+
+build/gpu/nanocu-serve: docs/commands/serve.cu $(SOURCES) $(PARTS) | packages tools
+	$(call compile_gpu,-O3 -DNDEBUG,-lcpp-httplib)
 
 build/gpu/tests: tests/all_gpu.cpp tests/gpu.cpp tests/common.hpp $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O2)
 
+install: nanocu  ## into PREFIX, /usr/local; nanocu-serve, too, if it was built
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install nanocu $(wildcard nanocu-serve) $(DESTDIR)$(PREFIX)/bin
+
 # For docs/exercises/check: quick to build, with assertions; block-N has blocks of N tokens.
-build/exercises/nanocu: $(SOURCES) $(PARTS) | packages
+build/exercises/nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
 
-build/exercises/block-%: nano.cu $(SOURCES) $(PARTS) | packages
+build/exercises/block-%: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS -DNANOCU_BLOCK_SIZE=$*)
 
 build/exercises/%: docs/exercises/%/check.cpp $(SOURCES) $(PARTS) | packages
@@ -98,7 +109,7 @@ endef
 packages:  ## what apt-get has to install, if anything (sudo where not root)
 	$(call install,$(PACKAGES))
 
-tools:  ## the same for what only the guide, the exercises and some forks need
+tools:  ## the same for what only serve, the guide and the exercises need
 	$(call install,$(TOOLS))
 
 # Elsewhere than on Debian Chromium comes in other ways (on Ubuntu as a snap): use it if it is there.
@@ -117,7 +128,7 @@ $(MODEL)/config.json: | packages
 	.venv/bin/pip install -q --disable-pip-version-check gguf==0.19.0
 	.venv/bin/python tests/fetch_model.py $(MODEL)
 
-# OpenAI's own client, for the tests of docs/forks/serve.cu.
+# OpenAI's own client, for the tests of nanocu-serve.
 OPENAI := build/openai/installed
 $(OPENAI): | packages
 	python3 -m venv --clear build/openai
@@ -134,13 +145,13 @@ define run_tests
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu forks build/guide/record tools browser $(QWEN3) $(MODEL)/config.json $(OPENAI)  ## all tests; some with ARGS="-tc=*sampler*"
+test: build/tests nanocu nanocu-serve build/guide/record tools browser $(QWEN3) $(MODEL)/config.json $(OPENAI)  ## all tests; some with ARGS="-tc=*sampler*"
 	$(call run_tests,build/tests,./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.
-test-sanitize: build/nanocu-sanitize forks tools browser $(QWEN3)  ## the same under ASan and UBSan
-test-sanitize: build/tests-sanitize $(MODEL)/config.json $(OPENAI)
-	$(call run_tests,build/tests-sanitize -tce="demo model: greedy*",build/nanocu-sanitize)
+test-sanitize: build/sanitize/nanocu build/sanitize/nanocu-serve tools browser $(QWEN3)  ## the same under ASan and UBSan
+test-sanitize: build/sanitize/tests $(MODEL)/config.json $(OPENAI)
+	$(call run_tests,build/sanitize/tests -tce="demo model: greedy*",build/sanitize/nanocu)
 
 # The binary may come from another machine: it is built only where it is not there. racecheck breaks
 # down in cuBLAS, so it sees the steps that do without.
@@ -155,18 +166,21 @@ test-gpu:  ## the tests of the GPU; without one it says that it skips them
 build/tests: tests/all.cpp $(TESTS) $(SOURCES) $(PARTS) | packages
 	$(call compile,-O2 $(CHECKED))
 
-build/tests-sanitize: tests/all.cpp $(TESTS) $(SOURCES) $(PARTS) | packages
+build/sanitize/tests: tests/all.cpp $(TESTS) $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 $(CHECKED) $(SANITIZE))
 
-build/nanocu-sanitize: $(SOURCES) $(PARTS) | packages
+build/sanitize/nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 $(CHECKED) $(SANITIZE))
+
+build/sanitize/nanocu-serve: docs/commands/serve.cu $(SOURCES) $(PARTS) | packages tools
+	$(call compile,-O1 $(CHECKED) $(SANITIZE),-lcpp-httplib)
 
 $(QWEN3): tests/data/tokenizer/qwen3.tokenizer.json.gz
 	mkdir -p $(@D)
 	gunzip -c $< >$@
 
 # UPDATE=1 writes what came into the files; FILES="docs/guide.md" checks these alone.
-docs-check: nanocu forks build/guide/record $(MODEL)/config.json  ## the examples in README and docs print what they say
+docs-check: nanocu nanocu-serve build/guide/record $(MODEL)/config.json  ## the examples in README and docs print what they say
 	python3 tests/docs_check.py $(if $(UPDATE),--update) $(FILES)
 
 guide: build/guide/record $(MODEL)/config.json | tools  ## docs/guide.md as a page, build/guide.html
@@ -196,7 +210,7 @@ lines:  ## lines of code of the engine, and its budget
 	    }' $(SOURCES)
 
 clean:  ## remove what was built; the model stays
-	rm -rf build nanocu
+	rm -rf build nanocu nanocu-serve
 
 distclean: clean  ## remove the model too
 	rm -rf .venv $(MODEL)

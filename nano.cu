@@ -10,7 +10,6 @@
 // Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
 // Tests and forks include this file with NANOCU_NO_MAIN defined.
-#include <cpuid.h>
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
@@ -90,6 +89,8 @@ struct Step {
 // Where steps run. Its memory for keys and values comes with reserve.
 struct Device {
     string name, note;      // note: what is worth knowing, or empty
+    vector<string> chapters = {};                // what makes it faster, and can be turned off
+    std::map<string, string> served = {};        // op -> the file whose code runs it
     bool overlaps = false;  // launch returns before the step is done
     virtual ~Device() = default;
     virtual size_t block_bytes() const = 0;
@@ -98,7 +99,6 @@ struct Device {
     virtual void reserve(int blocks) = 0;
     virtual void launch(Step& step) = 0;
     virtual void wait(Step& step) = 0;  // until the draws of this one, the oldest, are resolved
-    virtual std::pair<double, double> limits() = 0;  // measured: bytes read, flops, a second
 };
 
 double now() { return omp_get_wtime(); }
@@ -429,44 +429,6 @@ void forward(const Model& m, const Step& step, Activations& a, KvMemory& kv) {
     }
 }
 
-// The best of five: what work() does a second, on all threads together.
-double best_rate(auto work) {
-    double best = 0;
-    for (int repeat = 0; repeat < 5; repeat++) {
-        double done = 0, start = now();
-        #pragma omp parallel reduction(+ : done)
-        done += work();
-        best = std::max(best, done / (now() - start));
-    }
-    return best;
-}
-
-volatile float sink;  // takes results that nobody needs but that must be computed
-
-// Bytes a second read from memory, in a buffer of 256 MiB, more than any cache.
-double read_bandwidth() {
-    vector<unsigned> data(64 << 20, 1);
-    return best_rate([&] {
-        size_t size = data.size() / omp_get_num_threads();
-        const unsigned* begin = &data[size * omp_get_thread_num()];
-        sink = float(std::accumulate(begin, begin + size, 0u));
-        return double(size) * sizeof(unsigned);
-    });
-}
-
-// Floating point operations a second of multiply-adds in registers, on vectors as the ops use them.
-double fma_peak() {
-    return best_rate([] {
-        cpu::f32x8 sum[12], factor = cpu::f32x8{} + sink;
-        for (int j = 0; j < 12; j++) sum[j] = factor * float(j);
-        for (int i = 0; i < 4'000'000; i++)
-            for (int j = 0; j < 12; j++) sum[j] = sum[j] * factor + factor;
-        for (int j = 1; j < 12; j++) sum[0] += sum[j];
-        sink = sum[0][0];
-        return 4e6 * 12 * 8 * 2;
-    });
-}
-
 class CpuDevice : public Device {
 public:
     CpuDevice(const Model& m, int tokens) : model(m), act(m.config, tokens) { name = "cpu"; }
@@ -479,7 +441,6 @@ public:
         kv.emplace(model.config, blocks);
     }
     void wait(Step&) override {}
-    std::pair<double, double> limits() override { return {read_bandwidth(), fma_peak()}; }
     void launch(Step& step) override {
         for (auto [from, to] : step.copies)
             std::ranges::copy(kv->block(from), kv->block(to).begin());
@@ -580,6 +541,7 @@ struct EngineOptions {
     bool prefix_cache = true;
     bool graphs = true;         // decode steps are captured (GPU)
     string device = "auto";     // or cpu, cuda, cuda:1
+    vector<string> without = {};  // chapters of the device that are turned off, or "all"
 };
 
 // The device that o.device names; auto: a GPU where there is one. Fills in what o leaves to it.
@@ -865,35 +827,21 @@ private:
 };
 
 // =============================================================================================
-// 5. The commands
+// 5. A session at the terminal: chat and generate
 // =============================================================================================
 
 using ordered = nlohmann::ordered_json;
 
 // What the command line says: a request and the engine's options, but for what the model decides.
 struct Flags : Request, EngineOptions {
-    string model, file, ids, system, workload, input, output, load = "auto";
+    string model, file, ids, system, load = "auto";
     std::optional<string> text;  // of --prompt; a request's prompt is ids
-    bool no_think = false, jsonl = false, decode = false, chat = false, json = false;
-    bool verbose = false, no_special = false;
+    bool no_think = false, json = false, verbose = false, no_special = false;
     std::optional<float> temperature, top_p, min_p, repetition_penalty;  // else the model's own
     std::optional<int> top_k;
     int threads = 0;  // 0: one a core
     vector<string> stop;
-    vector<int> pp = {512}, tg = {128}, rows = {1, 8}, depth = {16};
 };
-
-// What settings in MODEL/nanocu.json are for: a processor, its threads, and whether a GPU is used.
-string machine([[maybe_unused]] const string& device) {
-    unsigned brand[13] = {};  // 48 characters, in three parts
-    for (unsigned i = 0; i < 12; i += 4)
-        __get_cpuid(0x80000002 + i / 4, brand + i, brand + i + 1, brand + i + 2, brand + i + 3);
-    const char* more = "";
-#ifdef __CUDACC__
-    if (device != "cpu" && cuda::count_gpus() > 0) more = ", GPU";
-#endif
-    return str((const char*)brand, " x ", omp_get_num_procs(), more);
-}
 
 volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C
 
@@ -910,6 +858,13 @@ void put_object(const ordered& j, bool as_json) {
         if (!value.is_array()) put(str(std::left, std::setw(20), key, value.dump(), "\n"));
 }
 
+// The names, with commas between.
+string listed(const vector<string>& names) {
+    string all;
+    for (const string& name : names) all += (all.empty() ? "" : ", ") + name;
+    return all;
+}
+
 // What a command starts with: the model, its tokenizer if it has one, the engine.
 struct Session {
     const Flags& f;
@@ -923,13 +878,24 @@ struct Session {
         else if (needs_text)
             fail(f.model, "/tokenizer.json: missing; give --ids instead of text");
         if (tokenizer && tokenizer->eos >= 0) model.config.eos.insert(tokenizer->eos);
+        const vector<string>& known = engine.device->chapters;
+        for (const string& name : f.without)
+            if (name != "all" && !std::ranges::count(known, name))
+                fail("--without ", name, ": not known; ", known.empty() ? "nothing" :
+                     listed(known), " can be turned off here");
         const string& rounded = model.weights.rounded;
         if (!rounded.empty()) std::cerr << "weights: " << rounded << ", rounded to bf16\n";
-        if (f.verbose && !engine.device->note.empty()) std::cerr << engine.device->note << '\n';
-        if (f.verbose) std::cerr << str("device ", engine.device->name, ", threads ", f.threads,
-            ", KV memory for ", engine.cache.blocks() * kBlockSize, " tokens, context ",
-            engine.context, ", rows ", engine.options.max_rows, ", chunk ", engine.options.chunk,
-            ", seed ", f.sampling.seed, "\n");
+        if (f.verbose) describe();
+    }
+
+    void describe() const {
+        const Device& device = *engine.device;
+        if (!device.note.empty()) std::cerr << device.note << '\n';
+        std::cerr << str("device ", device.name, ", threads ", f.threads, ", KV memory for ",
+            engine.cache.blocks() * kBlockSize, " tokens, context ", engine.context, ", rows ",
+            engine.options.max_rows, ", chunk ", engine.options.chunk, ", seed ",
+            f.sampling.seed, "\n");
+        for (const auto& [op, file] : device.served) std::cerr << op << ": " << file << "\n";
     }
 
     // The request of the flags; what they leave open is the model's.
@@ -989,7 +955,7 @@ ordered logprob_json(const Session& s, const TokenLogprob& t) {
     return {{"id", t.id}, {"token", token}, {"logprob", t.logprob}};
 }
 
-// What show makes of the first, with the others, the likeliest, as a list under key.
+// all: of a token, then of the likeliest. The token as show gives it, with these as a list, key.
 ordered with_likeliest(std::span<const TokenLogprob> all, const char* key, auto show) {
     ordered j = show(all[0]);
     j[key] = ordered::array();
@@ -1024,6 +990,7 @@ vector<Reply> run(Session& s, const Request& r, bool show) {
 }
 
 void generate(const Flags& f) {
+    if (f.logprobs >= 0 && !f.json) fail("--logprobs: shown in JSON only; add --json");
     Session s(f, f.ids.empty());
     Request r = s.request(input_ids(s));
     bool show = !f.json && r.samples == 1;
@@ -1095,341 +1062,272 @@ void chat(const Flags& f) {
     }
 }
 
-void score(const Flags& f) {
-    Session s(f, f.ids.empty());
-    Request r = s.request(input_ids(s));
-    r.score_prompt = true;
-    r.max_tokens = 1;
-    Reply reply = run(s, r, false)[0];
-    if (interrupted) return;
-    vector<double> each;
-    for (auto& of_token : reply.last.prompt_logprobs) each.push_back(of_token[0].logprob);
-    double sum = std::accumulate(each.begin(), each.end(), 0.0), mean = sum / double(each.size());
-    ordered j = {{"tokens", r.prompt.size()}, {"logprob", sum}, {"mean_logprob", mean},
-                 {"perplexity", std::exp(-mean)}, {"token_logprobs", {nullptr}}};  // NaN is null
-    for (double logprob : each) j["token_logprobs"].push_back(logprob);
-    put_object(j, f.json);
-}
-
-#include "docs/forks/batch.hpp"  // batch: many requests from a file
-
-void tokenize(const Flags& f) {
-    Tokenizer tokenizer(f.model);
-    auto convert = [&](const json& j) -> json {
-        if (f.decode) return tokenizer.decode(ids_of(j, "--decode"));
-        if (!f.chat) return tokenizer.encode(j.get<string>(), !f.no_special);
-        Chat format = Chat::load(f.model);
-        format.thinking = !f.no_think;
-        vector<Message> messages;
-        for (const json& m : j) messages.push_back({m.at("role"), m.at("content")});
-        return tokenizer.encode(format.render(messages));
-    };
-    string text = input_text(f), out;
-    std::istringstream lines(text);
-    for (string line; f.jsonl && std::getline(lines, line);)
-        out += convert(parse_json(line)).dump() + "\n";
-    if (f.jsonl) return put(out);
-    json j = convert(f.decode || f.chat ? parse_json(text) : json(text));
-    put(f.decode ? j.get<string>() : j.dump() + "\n");
-}
-
-// A request for exactly so many new tokens. Every prompt begins differently: nothing is reused.
-Request bench_request(const Session& s, int prompt, int tokens) {
-    static int id = 0;
-    Request r = s.request(vector<int>(prompt));
-    for (int& t : r.prompt) t = id = (id + 7919) % s.model.config.vocab;
-    r.max_tokens = tokens;
-    r.ignore_eos = true;
-    return r;
-}
-
-// Runs what was added to its end or to Ctrl-C; the tokens that came.
-double run_to_end(Engine& engine) {
-    double tokens = 0;
-    while (engine.busy() && !interrupted) tokens += double(engine.step().size());
-    return tokens;
-}
-
-// Tokens a second: of computing one prompt (tokens 0), or of decoding that many in each of some
-// rows, from when all prompts are computed.
-double bench_once(Session& s, int rows, int prompt, int tokens) {
-    for (int i = 0; i < rows; i++) s.engine.add(bench_request(s, prompt, tokens + 1));
-    double start = now(), counted = prompt;
-    while (s.engine.busy() && !interrupted && int(s.engine.step().size()) < rows) {}
-    if (tokens) start = now(), counted = 0;
-    counted += run_to_end(s.engine);
-    return counted / (now() - start);
-}
-
-using Workload = vector<std::pair<int, int>>;  // tokens of a prompt, new ones
-
-// From a file with a line each.
-Workload read_workload(const string& path, int context) {
-    std::istringstream file(read_file(path));
-    Workload lengths;
-    for (int prompt, count = 0; file >> prompt; lengths.push_back({prompt, count}))
-        if (!(file >> count) || prompt < 1 || count < 1 || prompt + count > context)
-            fail(path, ": request ", lengths.size() + 1, " is not two lengths that fit");
-    if (lengths.empty() || !file.eof()) fail(path, ": expected lengths, a pair a line");
-    return lengths;
-}
-
-// All requests at a time, temperature 0.6.
-void bench_workload(Session& s, const Workload& lengths) {
-    s.engine.add(bench_request(s, lengths[0].first, 2));  // to warm up
-    run_to_end(s.engine);
-    for (auto [prompt, count] : lengths) {
-        Request r = bench_request(s, prompt, count);
-        r.sampling.temperature = 0.6f;
-        s.engine.add(r);
-    }
-    double start = now(), tokens = 0;
-    std::pair<int, int> peak;  // blocks, unused slots
-    while (s.engine.busy() && !interrupted) {
-        tokens += double(s.engine.step().size());
-        peak = std::max(peak, s.engine.memory_use());
-    }
-    double seconds = now() - start, slots = double(peak.first) * kBlockSize;
-    if (!interrupted) put_object({{"workload", s.f.workload}, {"seconds", seconds},
-        {"new_tokens", tokens}, {"tokens_per_s", tokens / seconds},
-        {"preemptions", s.engine.preemptions}, {"blocks_at_peak", peak.first},
-        {"unused_at_peak", peak.second / slots}}, s.f.json);
-}
-
-void bench(const Flags& f) {
-    Session s(f);
-    const Config& c = s.model.config;
-    int longest = std::max(std::ranges::max(f.pp) + 1,
-                           std::ranges::max(f.tg) + std::ranges::max(f.depth) + 1);
-    if (longest > s.engine.context)
-        fail("bench: ", longest, " tokens do not fit into the context of ", s.engine.context);
-    Workload workload;
-    if (!f.workload.empty()) workload = read_workload(f.workload, s.engine.context);
-    auto [bandwidth, peak] = s.engine.device->limits();
-    double bytes = double(s.model.weights.bytes);
-    put_object({{"device", s.engine.device->name}, {"threads", f.threads},
-                {"weight_MB", bytes / 1e6}, {"read_GB_per_s", bandwidth / 1e9},
-                {"peak_GFLOP_per_s", peak / 1e9}}, f.json);
-    auto row = [&](const string& test, int rows, int prompt, int tokens) {
-        double rate[4];
-        for (double& r : rate) r = bench_once(s, rows, prompt, tokens);
-        std::sort(rate + 1, rate + 4);  // the first was to warm up
-        // decoding is limited by reading all weights and the cache once a step, a prompt by
-        // multiplying with all but lm_head; of an embedding of its own, either uses a row a token
-        double embedding = 2.0 * c.vocab * c.hidden, flops = bytes - embedding * (c.tied ? 1 : 2);
-        double read = bytes - (c.tied ? 0 : embedding);
-        read += (prompt + tokens / 2.0) * rows * double(s.engine.device->token_bytes());
-        double done = tokens ? rate[2] / rows * read : rate[2] * flops;  // a second
-        double of_limit = done / (tokens ? bandwidth : peak);
-        const char* limit = tokens ? "read bandwidth" : "peak";
-        string unit = tokens ? "GB" : "GFLOP";
-        if (interrupted) return;
-        if (f.json) put_object({{"test", test}, {"rows", rows}, {"tokens_per_s", rate[2]},
-            {"least", rate[1]}, {"most", rate[3]}, {unit + "_per_s", done / 1e9},
-            {"of_limit", of_limit}, {"limit", limit}}, true);
-        else put(str(std::left, std::setw(14), test, std::fixed, std::setprecision(1), rate[2],
-            " tokens/s (", rate[1], " to ", rate[3], "), ", done / 1e9, " ", unit, "/s, ",
-            of_limit * 100, "% of ", limit, "\n"));
-    };
-    if (!workload.empty()) return bench_workload(s, workload);
-    for (int pp : f.pp) row(str("pp", pp), 1, pp, 0);
-    for (int tg : f.tg) for (int depth : f.depth) for (int rows : f.rows)
-        row(str("tg", tg, "@", depth, " x ", rows), rows, depth, tg);
-}
-
-void info(const Flags& f) {
-    Session s(f);
-    const Config& c = s.model.config;
-    put_object({{"type", c.type}, {"layers", c.layers}, {"hidden", c.hidden}, {"heads", c.heads},
-        {"kv_heads", c.kv_heads}, {"head_dim", c.head_dim}, {"intermediate", c.intermediate},
-        {"vocabulary", c.vocab}, {"context", c.context}, {"parameters", s.model.weights.bytes / 2},
-        {"weight_bytes", s.model.weights.bytes},
-        {"kv_bytes_per_token", s.engine.device->token_bytes()},
-        {"device", s.engine.device->name}, {"threads", f.threads},
-        {"kv_tokens_that_fit", int64_t(s.engine.cache.blocks()) * kBlockSize}}, f.json);
-}
-
 // =============================================================================================
-// 6. main
+// 6. Commands, their flags, and main
 // =============================================================================================
 
 // OpenMP's threads meet 250 times a token: those that wait spin for some microseconds, then sleep,
 // so that other work on the machine can go on. libgomp reads this before main.
 __attribute__((constructor(101))) void wait_briefly() { setenv("GOMP_SPINCOUNT", "1000", 0); }
 
+// What `nanocu NAME` runs.
+struct Command {
+    string name, help;  // help: one line
+    void (*add_flags)(struct CommandLine&);
+    void (*run)(const Flags&);
+};
+
+// All commands. This file adds two; whoever includes it may add more, from anywhere.
+vector<Command>& commands() {
+    static vector<Command> all;
+    return all;
+}
+
+bool add_command(const Command& c) {
+    commands().push_back(c);
+    return true;
+}
+
+// Fills in what the flags left open, before a command runs; whoever includes this file may set it.
+std::function<void(Flags&)> fill_in = [](Flags&) {};
+
+// How many letters must be put in, left out or replaced to make one word of the other
+// (Levenshtein 1966): row[j] is the distance of a's first letters from the first j of b.
+int distance(const string& a, const string& b) {
+    vector<int> row(b.size() + 1);
+    std::iota(row.begin(), row.end(), 0);
+    for (size_t i = 0; i < a.size(); i++) {
+        int corner = std::exchange(row[0], int(i) + 1);
+        for (size_t j = 0; j < b.size(); j++) {
+            int replaced = corner + (a[i] != b[j]);
+            corner = row[j + 1];
+            row[j + 1] = std::min({replaced, corner + 1, row[j] + 1});
+        }
+    }
+    return row.back();
+}
+
+// Which of names was meant: one that begins as the word does, else the one that looks most like it.
+string nearest(const string& word, const vector<string>& names) {
+    auto far = [&](const string& name) {
+        return name.starts_with(word) ? 0 : distance(word, name);
+    };
+    return *std::ranges::min_element(names, {}, far);
+}
+
 const auto kSize = CLI::Range(1, 1 << 24);  // of flags that count
 
-// The flags of a program, and how its errors are shown. The programs in docs/forks use it, too.
+// The flags of a command, and its --help.
 struct CommandLine {
     Flags f = {};
     CLI::App app;
-    const vector<string> own = {""};  // as the commands of a flag: the program has no commands
+    string help;           // a line for each flag
+    vector<string> names;  // of all flags
 
-    explicit CommandLine(const string& what) : app(what) {
+    CommandLine() {
         f.sampling.seed = std::random_device()();
-        app.set_version_flag("--version", name() + " 0.1");
+        app.allow_extras();  // to be told better than the library does
+        app.set_version_flag("--version", "nanocu 0.1");
+        names = {"--help", "--version"};
     }
 
-    // The program's: of what it is, what stands before the colon.
-    string name() const {
-        return app.get_description().substr(0, app.get_description().find(':'));
+    // Begins a group of flags in the help.
+    void group(const string& title) { help += "\n" + title + ":\n"; }
+
+    void describe(const string& names, const string& what) {
+        help += str("  ", std::left, std::setw(28), names, " ", what, "\n");
     }
 
-    CLI::App* command(const string& name) { return name.empty() ? &app : app.get_subcommand(name); }
+    CLI::Option* argument(const char* name, auto& value, const string& what) {
+        describe(name, what);
+        return app.add_option(name, value)->required();
+    }
 
-    // A flag of some commands; check may refuse or change its value.
-    void flag(const vector<string>& commands, const char* name, auto& value, const char* what,
-              const CLI::Validator& check = {}) {
+    // A flag, as "-n,--max-tokens N"; check may refuse or change its value.
+    CLI::Option* flag(const string& form, auto& value, const string& what,
+                      const CLI::Validator& check = {}) {
         using T = std::decay_t<decltype(value)>;
-        for (const string& to : commands) {
-            CLI::App* c = command(to);
-            if constexpr (std::is_same_v<T, bool>) c->add_flag(name, value, what);
-            else c->add_option(name, value, what)->transform(check)->allow_extra_args(false)
-                ->delimiter(std::is_same_v<T, vector<int>> ? ',' : '\0');
-        }
+        string spelled = form.substr(0, form.find(' '));
+        CLI::Option* option;
+        if constexpr (std::is_same_v<T, bool>) option = app.add_flag(spelled, value);
+        else option = app.add_option(spelled, value)->transform(check)->allow_extra_args(false)
+            ->delimiter(std::is_same_v<T, vector<int>> ? ',' : '\0');
+        describe(form.substr(form[0] == '!'), what);
+        for (const string& name : option->get_snames()) names.push_back("-" + name);
+        for (const string& name : option->get_lnames()) names.push_back("--" + name);
+        return option;
     }
 
-    void model(const string& name) {
-        command(name)->add_option("MODEL", f.model, "a model's folder, as Hugging Face has it")
-            ->required();
+    void text_flags() {
+        group("text");
+        flag("-p,--prompt TEXT", f.text, "the text");
+        flag("-f,--file FILE", f.file, "a file with the text; without -p and -f: stdin");
     }
 
-    void text_flags(const vector<string>& commands) {
-        flag(commands, "-p,--prompt", f.text, "the text");
-        flag(commands, "-f,--file", f.file, "a file with the text; without -p and -f: stdin");
+    void truncation_flags() {
+        flag("-t,--temperature X", f.temperature, "0: always the likeliest; else the model's own");
+        flag("-k,--top-k K", f.top_k, "only the K likeliest; 0: all; else the model's own");
+        flag("--top-p P", f.top_p, "only the likeliest that together have P; 1: all");
+        flag("--min-p P", f.min_p, "only those with P times the largest probability; 0: all");
     }
 
-    void truncation_flags(const vector<string>& commands) {
-        flag(commands, "-t,--temperature", f.temperature, "0: always the likeliest");
-        flag(commands, "-k,--top-k", f.top_k, "only the k likeliest; 0: all");
-        flag(commands, "--top-p", f.top_p, "only the likeliest that together have p; 1: all");
-        flag(commands, "--min-p", f.min_p, "only those with p times the largest probability");
+    void drawing_flags() {
+        group("what is drawn");
+        truncation_flags();
+        flag("-n,--max-tokens N", f.max_tokens, "else to the end of text or context", kSize);
+        flag("--repetition-penalty X", f.repetition_penalty, "1: none; else the model's own");
+        flag("--presence-penalty X", f.sampling.presence_penalty, "0, the default: none");
+        flag("--frequency-penalty X", f.sampling.frequency_penalty, "0, the default: none");
+        flag("--seed N", f.sampling.seed, "the same seed draws the same; else a random one");
+        flag("--stop TEXT", f.stop, "end before this text; may be repeated");
+        flag("--ignore-eos", f.ignore_eos, "go on behind the end of text");
     }
 
-    void drawing_flags(const vector<string>& to) {
-        truncation_flags(to);
-        flag(to, "-n,--max-tokens", f.max_tokens, "else to the end of text or context", kSize);
-        flag(to, "--repetition-penalty", f.repetition_penalty, "1: none");
-        flag(to, "--presence-penalty", f.sampling.presence_penalty, "0: none");
-        flag(to, "--frequency-penalty", f.sampling.frequency_penalty, "0: none");
-        flag(to, "--seed", f.sampling.seed, "the same seed draws the same; else a random one");
-        flag(to, "--stop", f.stop, "end before this text; may be repeated");
-        flag(to, "--ignore-eos", f.ignore_eos, "go on behind the end of text");
-    }
-
-    void engine_flags(const vector<string>& to) {
-        flag(to, "--device", f.device, "auto, cpu, cuda or cuda:1");
-        flag(to, "--threads", f.threads, "of the CPU; else one a core", CLI::Range(1, 1024));
-        flag(to, "--kv-memory", f.kv_memory, "size of the cache, as 512M", CLI::AsSizeValue(false));
-        flag(to, "--max-context", f.max_context, "fewer tokens than the model allows", kSize);
-        flag(to, "--max-rows", f.max_rows, "sequences running at a time; else 64", kSize);
-        flag(to, "--chunk", f.chunk, "tokens computed in a step; else 512", kSize);
-        flag(to, "!--no-prefix-cache", f.prefix_cache, "compute all prompts from the start");
-        flag(to, "!--no-graph", f.graphs, "no captured graphs (GPU only)");
-        flag(to, "--load-format", f.load, "dummy: random weights",
+    void engine_flags() {
+        group("engine");
+        flag("--device NAME", f.device, "auto (the default), cpu, cuda or cuda:1");
+        flag("--threads N", f.threads, "of the CPU; else one a core", CLI::Range(1, 1024));
+        flag("--kv-memory SIZE", f.kv_memory, "of the cache, as 512M; else what there is, "
+             "of a CPU's a quarter", CLI::AsSizeValue(false));
+        flag("--max-context N", f.max_context, "fewer tokens than the model allows", kSize);
+        flag("--max-rows N", f.max_rows, "sequences at a time; else 64, on a GPU 256", kSize);
+        flag("--chunk N", f.chunk, "tokens computed in a step; else 512, on a GPU 8192", kSize);
+        flag("!--no-prefix-cache", f.prefix_cache, "compute all prompts from the start");
+        flag("!--no-graph", f.graphs, "no captured graphs (GPU only)");
+        flag("--without NAME,NAME", f.without, "turn these optimizations off; all: every one")
+            ->delimiter(',');
+        flag("--load-format dummy", f.load, "random weights instead of the model's",
              CLI::IsMember({"auto", "dummy"}));
-        flag(to, "--verbose", f.verbose, "say what was chosen");
+        flag("--verbose", f.verbose, "say what was chosen");
     }
 
-    // What the flags leave open is what docs/forks/tune.cu found best on this machine, if it did.
-    void take_settings() {
-        with_json(f.model + "/nanocu.json", [&](const json& j) {
-            std::map<string, std::pair<int*, int>> known = {{"threads", {&f.threads, 1024}},
-                {"max-rows", {&f.max_rows, 1 << 24}}, {"chunk", {&f.chunk, 1 << 24}}};
-            const json mine = j.is_object() ? value_or(j, machine(f.device), json::object()) : j;
-            for (const auto& [name, value] : mine.items()) {
-                auto [to, most] = known[name];
-                if (!to || !value.is_number_unsigned() || value < 1 || value > most)
-                    fail("\"", name, "\": ", value, " is no setting; delete the file, tune again");
-                if (*to) continue;  // a flag says otherwise
-                *to = value;
-                if (f.verbose) std::cerr << str(f.model, "/nanocu.json: ", name, " ", *to, "\n");
+    // What stands on the line and is nothing; "" if all was understood.
+    string not_understood() const {
+        for (string word : app.remaining())
+            if (word.starts_with("-")) {
+                word = word.substr(0, word.find('='));
+                return str(word, ": no such flag; ", nearest(word, names), " is one");
             }
-        }, true);
-        if (!f.threads) f.threads = omp_get_num_procs();
-    }
-
-    // Reads the flags and does the work. Returns the exit status: after an error, which is one line
-    // (what, where, what to do), 1; after Ctrl-C 130.
-    int run(int argc, char** argv, const std::function<void()>& work) {
-        struct sigaction action = {};
-        action.sa_handler = [](int) {
-            if (interrupted) _exit(130);  // the second time, at once
-            interrupted = 1;
-        };
-        sigaction(SIGINT, &action, nullptr);
-        string error;
-        try {
-            app.parse(argc, argv);
-            for (const string& stop : f.stop)
-                if (stop.empty()) fail("--stop: is empty; leave it out");
-            take_settings();
-            omp_set_num_threads(f.threads);
-            work();
-            return interrupted ? 130 : 0;
-        } catch (const CLI::ParseError& e) {
-            if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
-            error = str(e.what(), "; see ", name(), " --help");
-            if (!app.get_subcommands({}).empty()) error += str(", or ", name(), " COMMAND --help");
-        } catch (const json::exception& e) {  // of what the user wrote; a file's own has its name
-            error = str("input, --ids: ", strchr(e.what(), ']') + 2);
-        } catch (const std::exception& e) {
-            error = e.what();
-        }
-        std::ranges::replace_if(error, [](unsigned char c) { return c < 32; }, ' ');
-        std::cerr << name() << ": " << error.substr(0, 300) << "\n";
-        return 1;
+        return app.remaining_size() ? app.remaining()[0] + ": one argument too many" : "";
     }
 };
 
-#ifndef NANOCU_NO_MAIN
-int main(int argc, char** argv) {
-    CommandLine line("nanocu: LLM inference, small enough to be read");
-    Flags& f = line.f;
-    void (*called)(const Flags&) = nullptr;
-    line.app.require_subcommand(1);
-    auto command = [&](const char* name, auto run, const char* what) {
-        line.app.add_subcommand(name, what)->callback([&called, run] { called = run; });
-        line.model(name);
-        line.flag({name}, "--json", f.json, "JSON on stdout, one object a line");
-    };
-    command("chat", chat, "talk; /reset, /quit; a line that ends in \\ goes on");
-    command("generate", generate, "continue a text as it is");
-    command("batch", batch, "OpenAI batch lines in, results out; run again, it goes on");
-    command("score", score, "log-probabilities of a text, and its perplexity");
-    command("tokenize", tokenize, "text to ids");
-    command("bench", bench, "speed of prompts (pp) and of decoding (tg)");
-    command("info", info, "the model's shape, and what fits here");
-
-    line.flag({"chat"}, "--system", f.system, "the system message");
-    line.flag({"chat", "tokenize"}, "--no-think", f.no_think, "Qwen3: answer without a thought");
-    line.flag({"chat"}, "-p,--prompt", f.text, "one question; answer it and end");
-    line.text_flags({"generate", "score", "tokenize"});
-    line.flag({"generate", "score", "tokenize"}, "--no-special", f.no_special,
-              "add no bos, or what else the tokenizer adds");
-    line.flag({"generate", "score"}, "--ids", f.ids, "the text as ids: 1,2,3");
-    line.flag({"generate"}, "--samples", f.samples, "continuations of the one prompt", kSize);
-    line.flag({"generate"}, "--logprobs", f.logprobs, "log-probabilities, and of the K likeliest",
-              CLI::Range(1000));
-    CLI::App* batch = line.command("batch");
-    batch->add_option("INPUT", f.input, "a JSONL file of requests; -: stdin")->required();
-    line.flag({"batch"}, "-o,--output", f.output, "where results go, a line each; -: stdout");
-    batch->get_option("--output")->required();
-    line.flag({"tokenize"}, "--jsonl", f.jsonl, "a JSON string a line in, an array of ids out");
-    line.flag({"tokenize"}, "--decode", f.decode, "ids to text");
-    line.flag({"tokenize"}, "--chat", f.chat, "in: a JSON array of messages");
-    line.flag({"bench"}, "--pp", f.pp, "prompt lengths", kSize);
-    line.flag({"bench"}, "--tg", f.tg, "tokens to decode", kSize);
-    line.flag({"bench"}, "--depth", f.depth, "tokens before those; else 16", kSize);
-    line.flag({"bench"}, "--rows", f.rows, "sequences at a time", kSize);
-    line.flag({"bench"}, "--workload", f.workload,
-              "a file of prompt and output lengths, a pair a line");
-    line.truncation_flags({"bench"});
-    line.drawing_flags({"chat", "generate"});
-    line.engine_flags({"chat", "generate", "batch", "score", "bench", "info"});
-    return line.run(argc, argv, [&] {
-        if (f.logprobs >= 0 && !f.json) fail("--logprobs: shown in JSON only; add --json");
-        called(f);
-    });
+// An error is one line: what, where, what to do. Returns the exit status.
+int report(string error) {
+    std::ranges::replace_if(error, [](unsigned char c) { return c < 32; }, ' ');
+    std::cerr << "nanocu: " << error.substr(0, 300) << "\n";
+    return 1;
 }
+
+// Reads the flags and does the work. Returns the exit status: after Ctrl-C 130.
+int run_command(const Command& command, int argc, char** argv) try {
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+        if (interrupted) _exit(130);  // the second time, at once
+        interrupted = 1;
+    };
+    sigaction(SIGINT, &action, nullptr);
+    CommandLine line;
+    line.argument("MODEL", line.f.model, "a model's folder, as Hugging Face has it");
+    command.add_flags(line);
+    try {
+        line.app.parse(argc, argv);
+        if (string what = line.not_understood(); !what.empty()) throw CLI::ExtrasError({what});
+    } catch (const CLI::CallForHelp&) {
+        put(str("nanocu ", command.name, ": ", command.help, "\n\n", line.help));
+        return 0;
+    } catch (const CLI::CallForVersion& e) {
+        put(string(e.what()) + "\n");
+        return 0;
+    } catch (const CLI::ParseError& e) {
+        string what = line.not_understood();
+        fail(what.empty() ? e.what() : what, "; see nanocu ", command.name, " --help");
+    }
+    for (const string& stop : line.f.stop)
+        if (stop.empty()) fail("--stop: is empty; leave it out");
+    fill_in(line.f);
+    if (!line.f.threads) line.f.threads = omp_get_num_procs();
+    omp_set_num_threads(line.f.threads);
+    command.run(line.f);
+    return interrupted ? 130 : 0;
+} catch (const json::exception& e) {  // of what the user wrote; a file's own has its name
+    return report(str("input, --ids: ", strchr(e.what(), ']') + 2));
+} catch (const std::exception& e) {
+    return report(e.what());
+}
+
+// The programs nanocu-NAME in the folder of this one: commands, too.
+std::map<string, string> programs_beside(const string& self) {
+    std::map<string, string> found;
+    std::error_code none;
+    auto path = std::filesystem::canonical("/proc/self/exe", none);
+    if (none) path = std::filesystem::absolute(self);
+    for (const auto& entry : std::filesystem::directory_iterator(path.parent_path(), none)) {
+        string name = entry.path().filename();
+        if (name.starts_with("nanocu-") && access(entry.path().c_str(), X_OK) == 0)
+            found[name.substr(7)] = entry.path();
+    }
+    return found;
+}
+
+int run_program(int argc, char** argv) try {
+    const string name = argc > 1 ? argv[1] : "";
+    for (const Command& c : commands())
+        if (c.name == name) return run_command(c, argc - 1, argv + 1);
+    std::map<string, string> beside = programs_beside(argv[0]);
+    if (beside.contains(name)) {
+        execv(beside[name].c_str(), argv + 1);
+        fail(beside[name], ": ", strerror(errno));
+    }
+    string help = "nanocu: LLM inference, small enough to be read\n\nnanocu COMMAND MODEL ...\n";
+    vector<string> names;
+    for (const Command& c : commands()) {
+        help += str("  ", std::left, std::setw(12), c.name, " ", c.help, "\n");
+        names.push_back(c.name);
+    }
+    for (const auto& [other, path] : beside) {
+        help += str("  ", std::left, std::setw(12), other, " a program of its own, nanocu-", other,
+                    "\n");
+        names.push_back(other);
+    }
+    help += "\nnanocu COMMAND --help: the flags of a command; nanocu --version\n";
+    if (name == "--version") put("nanocu 0.1\n");
+    else if (name == "--help" || name == "-h") put(help);
+    else if (name.empty()) fail("no command; ", listed(names), " are; see nanocu --help");
+    else fail(name, ": no such command; ", nearest(name, names), " is one; see nanocu --help");
+    return 0;
+} catch (const std::exception& e) {
+    return report(e.what());
+}
+
+void json_flag(CommandLine& line) {
+    line.flag("--json", line.f.json, "JSON on stdout, one object a line");
+}
+
+void chat_flags(CommandLine& line) {
+    line.flag("-p,--prompt TEXT", line.f.text, "one question; answer it and end");
+    line.flag("--system TEXT", line.f.system, "the system message");
+    line.flag("--no-think", line.f.no_think, "Qwen3: answer without a thought");
+    line.drawing_flags();
+    line.engine_flags();
+}
+
+void generate_flags(CommandLine& line) {
+    json_flag(line);
+    line.flag("--samples N", line.f.samples, "continuations of the one prompt; else 1", kSize);
+    line.flag("--logprobs K", line.f.logprobs, "log-probabilities, and of the K likeliest (JSON)",
+              CLI::Range(1000));
+    line.text_flags();
+    line.flag("--ids 1,2,3", line.f.ids, "the text as ids");
+    line.flag("--no-special", line.f.no_special, "add no bos, or what else the tokenizer adds");
+    line.drawing_flags();
+    line.engine_flags();
+}
+
+const bool kChat = add_command({"chat", "talk", chat_flags, chat});
+const bool kGenerate =
+    add_command({"generate", "continue a text as it is", generate_flags, generate});
+
+#ifndef NANOCU_NO_MAIN
+int main(int argc, char** argv) { return run_program(argc, argv); }
 #endif

@@ -12,6 +12,6 @@
 #include "explain.cpp"
 #include "docs.cpp"
 #include "exercises.cpp"
-#include "forks.cpp"
+#include "experiments.cpp"
 #include "serve.cpp"
 #include "compress.cpp"

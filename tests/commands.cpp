@@ -128,7 +128,7 @@ TEST_CASE("a wrong command line is one line on stderr, nothing on stdout, exit 1
         check_refused(command, "MODEL");
         check_refused(command + " build/nowhere", "build/nowhere");
     }
-    check_refused("", "subcommand");
+    check_refused("", "no command; chat, generate");
     check_refused("sing", "");
     check_refused("info build", "config.json");
     check_refused("chat build/nowhere -p hi", "no such folder");

@@ -1,10 +1,13 @@
-// docs/forks/compress.cu and docs/forks/tune.cu: what they measure against figures worked out here,
+// `nanocu compress` and `nanocu tune`: what they measure against figures worked out here,
 // what they write against the engine, and the settings file that every program reads.
 #include "common.hpp"
 
+#include "../docs/commands/files.hpp"
+#include "../docs/commands/settings.hpp"
+
 namespace {
 
-const string kCompress = "build/forks/compress " + kDemo + " -f tests/data/smollm2/perplexity.txt ";
+const string kCompress = binary() + " compress " + kDemo + " -f tests/data/smollm2/perplexity.txt ";
 const string kTinyModel = kData + "models/llama3";
 
 // A model's folder with links to all files, to which others can be added.
@@ -168,11 +171,11 @@ TEST_CASE("settings: taken for this machine only, after the flags, and told") {
     auto has = [](const string& text, const string& part) {
         return text.find(part) != string::npos;
     };
-    json settings = {{"another machine", {{"max-rows", 7}}}};
-    model.write("nanocu.json", settings.dump());
+    json all = {{"another machine", {{"max-rows", 7}}}};
+    model.write("nanocu.json", all.dump());
     CHECK(has(rows_and_chunk(""), "rows 64, chunk 512"));
-    settings[machine("cpu")] = {{"threads", 1}, {"max-rows", 24}, {"chunk", 96}};
-    model.write("nanocu.json", settings.dump());
+    all[settings::machine("cpu")] = {{"threads", 1}, {"max-rows", 24}, {"chunk", 96}};
+    model.write("nanocu.json", all.dump());
     string err = rows_and_chunk("");
     CHECK(has(err, "rows 24, chunk 96"));
     CHECK(has(err, "threads 1,"));
@@ -183,8 +186,8 @@ TEST_CASE("settings: taken for this machine only, after the flags, and told") {
     CHECK_FALSE(has(err, "nanocu.json: chunk"));
     for (const json& bad : {json{{"chunk", 0}}, json{{"chunk", "many"}}, json{{"threads", 1e9}},
                             json{{"color", 3}}, json(5)}) {
-        settings[machine("cpu")] = bad;
-        model.write("nanocu.json", settings.dump());
+        all[settings::machine("cpu")] = bad;
+        model.write("nanocu.json", all.dump());
         check_one_line(nanocu("info --device cpu " + model.path), "/nanocu.json: ");
     }
     for (const char* bad : {"{", "[1]", "3"}) {
@@ -199,7 +202,7 @@ TEST_CASE("tune: writes what it says for this machine, and leaves the others' al
     // chunks of 64 to 256 for prompts of 96: on a tiny model anything may win
     model.write("lengths", "96 3\n96 4\n96 5\n96 6\n");
     model.write("nanocu.json", R"({"another machine": {"max-rows": 7}})");
-    const string command = "build/forks/tune " + model.path + " --device cpu --rounds 2 " +
+    const string command = binary() + " tune " + model.path + " --device cpu --rounds 2 " +
                            "--workload " + model / "lengths";
     Ran r = shell(command + " --dry-run");
     CAPTURE(r.err);
@@ -211,18 +214,18 @@ TEST_CASE("tune: writes what it says for this machine, and leaves the others' al
         REQUIRE(r.exit == 0);
         CHECK(r.err.find("defaults: threads " + std::to_string(omp_get_num_procs()) +
                          ", max-rows 64, chunk 512") != string::npos);
-        json settings = json::parse(read_file(file));
-        CHECK(settings["another machine"] == json{{"max-rows", 7}});
+        json all = json::parse(read_file(file));
+        CHECK(all["another machine"] == json{{"max-rows", 7}});
         bool better = r.out.starts_with("best: ");
         CHECK(better != r.out.starts_with("the defaults stay"));
-        REQUIRE(settings.contains(machine("cpu")) == better);
+        REQUIRE(all.contains(settings::machine("cpu")) == better);
         if (!better) continue;
-        const json& mine = settings[machine("cpu")];
+        const json& mine = all[settings::machine("cpu")];
         CHECK(r.out.starts_with(str("best: threads ", mine["threads"], ", max-rows ",
                                     mine["max-rows"], ", chunk ", mine["chunk"], "; ")));
         CHECK(std::stod(r.out.substr(r.out.find(';') + 2)) > 1);
     }
-    check_one_line(shell("build/forks/tune " + model.path + " --workload /nowhere"), "/nowhere");
+    check_one_line(shell(binary() + " tune " + model.path + " --workload /nowhere"), "/nowhere");
     model.write("lengths", "96 three\n");
     check_one_line(shell(command), "lengths");
     model.write("lengths", R"({"custom_id": "a", "url": "/v1/x", "body": {"prompt": [5]}})");

@@ -14,11 +14,11 @@ std::string copy_tree(const std::string& name) {
     std::string to = "build/exercises/" + name;
     fs::remove_all(to + "/docs");
     fs::create_directories(to + "/docs");
-    for (const char* file : {"Makefile", "nano.cu", "model.hpp", "cache.hpp", "sampler.hpp"}) {
+    for (const char* file : {"Makefile", "nano.cu", "model.hpp", "cache.hpp", "sampler.hpp", "docs/nanocu.cu"}) {
         fs::copy_file(file, to + "/" + file, fs::copy_options::overwrite_existing);
         fs::last_write_time(to + "/" + file, fs::last_write_time(file));
     }
-    for (const char* folder : {"docs/forks", "docs/exercises"}) {
+    for (const char* folder : {"docs/forks", "docs/commands", "docs/exercises"}) {
         fs::copy(folder, to + "/" + folder, fs::copy_options::recursive);
         for (const auto& entry : fs::recursive_directory_iterator(folder))
             fs::last_write_time(to + "/" + entry.path().string(), entry.last_write_time());
@@ -61,7 +61,7 @@ std::string all_sources() {
     std::string all;
     for (const char* file : {"nano.cu", "model.hpp", "cache.hpp", "sampler.hpp", "Makefile"})
         all += read_file(file);
-    for (const char* folder : {"docs/forks", "tests"})
+    for (const char* folder : {"docs/forks", "docs/commands", "tests"})
         for (const auto& entry : fs::directory_iterator(folder))
             if (entry.is_regular_file() && entry.path() != "tests/exercises.cpp") all += read_file(entry.path());
     return all;

@@ -1,10 +1,12 @@
-// The pages that docs/forks/explain.cu writes: their record against the engine's own of the same
+// The pages that `nanocu explain` writes: their record against the engine's own of the same
 // run, and the pages themselves in a browser.
 #include "common.hpp"
 
+#include "../docs/commands/openai.hpp"
+
 namespace {
 
-const string kExplain = "build/forks/explain " + kDemo + " --threads 1 ";
+const string kExplain = binary() + " explain " + kDemo + " --threads 1 ";
 
 Ran explain(const string& arguments) { return shell(kExplain + arguments); }
 
@@ -310,7 +312,7 @@ TEST_CASE("explain: a mistake is one line, and leaves no file") {
         CAPTURE(r.err);
         CHECK(r.exit == 1);
         CHECK(r.out == "");
-        CHECK(r.err.starts_with("explain: "));
+        CHECK(r.err.starts_with("nanocu: "));
         CHECK(r.err.find('\n') == r.err.size() - 1);
         CHECK(r.err.find(says) != string::npos);
     }

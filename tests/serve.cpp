@@ -1,4 +1,4 @@
-// build/forks/serve, by clients of every kind: tests/serve.py, with the PyPI package openai.
+// `nanocu serve`, by clients of every kind: tests/serve.py, with the PyPI package openai.
 #include "common.hpp"
 
 namespace {

@@ -1,4 +1,4 @@
-"""Clients of build/forks/serve, run by tests/serve.cpp:  build/openai/bin/python tests/serve.py CASE
+"""Clients of nanocu serve, run by tests/serve.cpp:  build/openai/bin/python tests/serve.py CASE
 
 Each case starts a server at a port that the system chooses, and ends it. Clients connect to 127.0.0.1 only.
 """
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 
-SERVE, NANOCU = os.environ.get("SERVE", "build/forks/serve"), os.environ.get("NANOCU", "./nanocu")
+NANOCU = os.environ.get("NANOCU", "./nanocu")
 DEMO, TINY = "models/smollm2", "tests/data/models/llama3"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -27,7 +27,7 @@ class Server:
     """A running one. Ends by Ctrl-C, within two seconds and with exit 130, or the case fails."""
 
     def __init__(self, model, *flags, **environment):
-        self.process = subprocess.Popen([SERVE, model, "--port", "0", *flags], stdout=subprocess.PIPE,
+        self.process = subprocess.Popen([NANOCU, "serve", model, "--port", "0", *flags], stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True, env=os.environ | environment)
         line = self.process.stdout.readline()
         if not line:
@@ -451,9 +451,9 @@ def listen():
     """Only at this machine's own address without --host; two at one port: one line, exit 1."""
     with Server(TINY) as s:
         assert listening(s.port) == {"0100007F"}, listening(s.port)
-        second = subprocess.run([SERVE, TINY, "--port", str(s.port)], capture_output=True, text=True)
+        second = subprocess.run([NANOCU, "serve", TINY, "--port", str(s.port)], capture_output=True, text=True)
         assert second.returncode == 1 and second.stdout == "" and second.stderr.count("\n") == 1, second
-        assert second.stderr.startswith("serve: ") and "--port" in second.stderr
+        assert second.stderr.startswith("nanocu: ") and "--port" in second.stderr
         assert s.ask("/health")[0] == 200
     assert s.errors == ""
     with Server(TINY, "--host", "0.0.0.0") as s:
@@ -461,9 +461,9 @@ def listen():
         assert s.ask("/health")[0] == 200
     assert "--api-key" in s.errors and s.errors.count("\n") == 1
     for flags in (["--port", "70000"], ["--host", "no.such.host.invalid"], ["--max-queue", "0"], ["--timeout", "x"]):
-        r = subprocess.run([SERVE, TINY, *flags], capture_output=True, text=True)
+        r = subprocess.run([NANOCU, "serve", TINY, *flags], capture_output=True, text=True)
         assert r.returncode == 1 and r.stdout == "" and r.stderr.count("\n") == 1, (flags, r)
-    assert subprocess.run([SERVE], capture_output=True).returncode == 1
+    assert subprocess.run([NANOCU, "serve"], capture_output=True).returncode == 1
 
 
 if __name__ == "__main__":

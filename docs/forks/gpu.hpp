@@ -863,16 +863,6 @@ prefill_attend(StepArrays s, Shape c, int layer, const b16* qkv, const b16* kv, 
     }
 }
 
-// Reads data [n]; writes nothing, unless a sum that can't be comes out.
-__global__ void read_all(const uint4* data, size_t n, unsigned* out) {
-    unsigned sum = 0;
-    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
-        uint4 v = data[i];
-        sum += v.x + v.y + v.z + v.w;
-    }
-    if (sum == 0x12345678) *out = sum;
-}
-
 // h [T, F] = silu(gate) * up, of gate_up [T, 2 F]
 __global__ void swiglu(Shape c, const b16* gate_up, b16* h) {
     wait_for_previous();
@@ -1220,27 +1210,6 @@ public:
             sample_groups(s, step, streamed);
         }
         check(cudaEventRecord(slots[turn].done, stream), "step");
-    }
-
-    std::pair<double, double> limits() override {
-        const size_t bytes = size_t(1) << 30, N = 8192;
-        char* data = kv_bytes < bytes ? make<char>(bytes) : (char*)kv;  // nothing is cached yet
-        b16 *a = (b16*)data, *b = a + N * N, *c = b + N * N;
-        auto best = [&](auto work) {
-            double seconds = 1;
-            for (int i = 0; i < 10; i++) {
-                double start = now();
-                work();
-                check(cudaStreamSynchronize(stream), "bench");
-                seconds = std::min(seconds, now() - start);
-            }
-            return seconds;
-        };
-        double read = best([&] {
-            run(read_all, 2048, 512, 0, 1, (uint4*)data, bytes / 16, (unsigned*)data);
-        });
-        double product = best([&] { gemm(a, b, c, N, N, N); });
-        return {bytes / read, 2.0 * N * N * N / product};
     }
 
     void wait(Step& step) override {

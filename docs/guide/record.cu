@@ -4,6 +4,8 @@
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
 
+#include "../commands/bench.hpp"
+
 // The text of each id.
 json words_of(const Tokenizer& t, std::span<const int> ids) {
     json words = json::array();
@@ -156,14 +158,14 @@ json record_draw(Session& s, const string& text, Sampling p, int count) {
 
 // Requests of (prompt, new) tokens, run in a small pool: for each step the tokens computed, and
 // which requests got a token.
-json record_schedule(const Session& s, const Workload& lengths, int blocks, int chunk) {
+json record_schedule(const Session& s, const bench::Workload& lengths, int blocks, int chunk) {
     EngineOptions o;
     o.kv_memory = s.engine.device->block_bytes() * blocks;
     o.chunk = chunk;
     o.max_rows = 4;
     Engine engine(s.model, o);
     for (auto [prompt, count] : lengths) {
-        Request r = bench_request(s, prompt, count);
+        Request r = bench::request(s, prompt, count);
         r.sampling = {};
         engine.add(r);
     }
@@ -182,21 +184,21 @@ json record_schedule(const Session& s, const Workload& lengths, int blocks, int 
     return {{"lengths", lengths}, {"blocks", blocks}, {"chunk", chunk}, {"steps", steps}};
 }
 
+void record(const Flags& f) {
+    Session s(f, true);
+    json j;
+    j["step"] = record_draw(s, "The capital of France is", {}, 3);
+    j["blocks"] = record_blocks(s);
+    j["attention"] = record_attention(s, "Anna lives in Rome and has a cat. Ben lives in Oslo "
+        "and has a dog. Clara lives in Lima and has a parrot. The one who lives in Oslo has a",
+        17, 5);
+    j["draw"] = record_draw(s, "Once upon a time, there was a",
+        {.temperature = 0.8f, .top_k = 8, .top_p = 0.8f, .min_p = 0.05f, .seed = 7}, 12);
+    j["schedule"] = record_schedule(s, {{40, 24}, {70, 12}, {24, 24}, {30, 10}}, 10, 32);
+    put(j.dump(1) + "\n");
+}
+
 int main(int argc, char** argv) {
-    CommandLine line("record: what the guide's pictures show, as JSON");
-    line.model("");
-    line.engine_flags(line.own);
-    return line.run(argc, argv, [&] {
-        Session s(line.f, true);
-        json j;
-        j["step"] = record_draw(s, "The capital of France is", {}, 3);
-        j["blocks"] = record_blocks(s);
-        j["attention"] = record_attention(s, "Anna lives in Rome and has a cat. Ben lives in Oslo "
-            "and has a dog. Clara lives in Lima and has a parrot. The one who lives in Oslo has a",
-            17, 5);
-        j["draw"] = record_draw(s, "Once upon a time, there was a",
-            {.temperature = 0.8f, .top_k = 8, .top_p = 0.8f, .min_p = 0.05f, .seed = 7}, 12);
-        j["schedule"] = record_schedule(s, {{40, 24}, {70, 12}, {24, 24}, {30, 10}}, 10, 32);
-        put(j.dump(1) + "\n");
-    });
+    auto flags = [](CommandLine& line) { line.engine_flags(); };
+    return run_command({"record", "what the guide's pictures show, as JSON", flags, record}, argc, argv);
 }

@@ -1,4 +1,4 @@
-// teacher.cu: the likeliest next ids and their log-probabilities behind every token of a corpus, as
+// teacher: the likeliest next ids and their log-probabilities behind every token of a corpus, as
 // a data set to train a smaller model on (distillation, Hinton et al. 2015).
 //
 // A text is cut into chunks of --context ids. With --overlap a chunk begins with so many ids of the
@@ -10,8 +10,17 @@
 //
 // A line is written whole, in the order of chunks. Run again with the same output, it goes on where
 // it was, after Ctrl-C, kill -9 or a full disk; on a CPU to the same bytes as without a break.
-#define NANOCU_NO_MAIN
-#include "../../nano.cu"
+#pragma once
+
+#include "files.hpp"
+
+namespace teacher {
+
+struct Options {
+    string corpus, output;
+    bool jsonl = false;
+    int k = 16, context = 512, overlap = 0;
+} options;
 
 struct Chunk {
     int64_t number = -1;
@@ -23,8 +32,8 @@ struct Chunk {
 class Corpus {
 public:
     Corpus(const Session& s, int context, int overlap)
-        : s(s), context(context), overlap(overlap), file(s.f.input, std::ios::binary) {
-        if (!file || fs::is_directory(s.f.input)) fail(s.f.input, ": cannot be read");
+        : s(s), context(context), overlap(overlap), file(options.corpus, std::ios::binary) {
+        if (!file || fs::is_directory(options.corpus)) fail(options.corpus, ": cannot be read");
         if (context > s.engine.context)
             fail("--context ", context, ": the model's is ", s.engine.context);
         if (overlap >= context) fail("--overlap ", overlap, ": less than --context is expected");
@@ -45,20 +54,20 @@ private:
         string text;
         begin = 0;
         ids.clear();
-        if (!s.f.jsonl && line++) return false;
-        if (!s.f.jsonl) text = str(file.rdbuf());
+        if (!options.jsonl && line++) return false;
+        if (!options.jsonl) text = str(file.rdbuf());
         else if (!std::getline(file, text)) return false;
         else if (line++; text.find_first_not_of(" \t\r") == string::npos) return true;
         try {
-            if (json j; s.f.jsonl) {
+            if (json j; options.jsonl) {
                 j = parse_json(text);
                 text = j.is_object() ? j.at("text") : j;
             }
             ids = s.tokenizer->encode(text, !s.f.no_special);
         } catch (const json::exception&) {
-            fail(s.f.input, ": line ", line, ": no JSON string, nor an object with \"text\"");
+            fail(options.corpus, ": line ", line, ": no JSON string, nor an object with \"text\"");
         } catch (const std::exception& e) {
-            fail(s.f.input, s.f.jsonl ? str(": line ", line) : "", ": ", e.what());
+            fail(options.corpus, options.jsonl ? str(": line ", line) : "", ": ", e.what());
         }
         return true;
     }
@@ -112,20 +121,21 @@ void check_model(Engine& engine, const Chunk& c, const json& last, int k, const 
         }
 }
 
-void teach(const Flags& f, int k, int context, int overlap) {
+void run(const Flags& f) {
+    const int k = options.k;
     Session s(f, true);
-    Corpus corpus(s, context, overlap);
+    Corpus corpus(s, options.context, options.overlap);
     std::error_code none;
-    if (fs::equivalent(f.input, f.output, none)) fail(f.output, ": is the corpus; give another -o");
+    if (fs::equivalent(options.corpus, options.output, none)) fail(options.output, ": is the corpus; give another -o");
     Chunk c;
     json last;
-    LineFile out(f.output, "{\"chunk\":", [&](json& j) {
+    LineFile out(options.output, "{\"chunk\":", [&](json& j) {
         bool same = corpus.next(c) && j.at("ids") == c.ids && j.at("first") == c.first;
         if (!same || j.at("top_ids").at(0).size() != size_t(k))
             fail("chunk ", j.at("chunk"), " is of another corpus or settings; give another -o");
         last = std::move(j);
     });
-    if (!last.is_null()) check_model(s.engine, c, last, k, f.output);
+    if (!last.is_null()) check_model(s.engine, c, last, k, options.output);
     std::map<int, Chunk> running;          // by the engine's number of the request
     std::map<int64_t, string> finished;    // lines, by the chunk's number
     int64_t written = c.number + 1, tokens = 0, there = written;
@@ -152,20 +162,20 @@ void teach(const Flags& f, int k, int context, int overlap) {
     }
 }
 
-int main(int argc, char** argv) {
-    CommandLine line("teacher: a model's likeliest next ids behind every token of a corpus");
-    int k = 16, context = 512, overlap = 0;
-    line.model("");
-    line.app.add_option("CORPUS", line.f.input, "a text file")->required();
-    line.flag(line.own, "--jsonl", line.f.jsonl,
+void add_flags(CommandLine& line) {
+    line.argument("CORPUS", options.corpus, "a text file");
+    line.flag("--jsonl", options.jsonl,
               "the corpus is texts, a line each: a JSON string, or an object with \"text\"");
-    line.flag(line.own, "-o,--output", line.f.output, "a line for each chunk; -: stdout");
-    line.app.get_option("--output")->required();
-    line.flag(line.own, "-k", k, "how many of the likeliest; else 16", CLI::Range(1, 1000));
-    line.flag(line.own, "--context", context, "ids of a chunk; else 512", kSize);
-    line.flag(line.own, "--overlap", overlap, "ids that a chunk has from the one before; else none",
+    line.flag("-o,--output FILE", options.output, "a line for each chunk; -: stdout")->required();
+    line.flag("-k K", options.k, "how many of the likeliest; else 16", CLI::Range(1, 1000));
+    line.flag("--context N", options.context, "ids of a chunk; else 512", kSize);
+    line.flag("--overlap N", options.overlap, "ids that a chunk has from the one before; else none",
               CLI::Range(0, 1 << 24));
-    line.flag(line.own, "--no-special", line.f.no_special, "add no bos in front of a text");
-    line.engine_flags(line.own);
-    return line.run(argc, argv, [&] { teach(line.f, k, context, overlap); });
+    line.flag("--no-special", line.f.no_special, "add no bos in front of a text");
+    line.engine_flags();
 }
+
+const bool kAdded = add_command({"teacher",
+    "a model's likeliest next ids behind every token of a corpus", add_flags, run});
+
+}  // namespace teacher

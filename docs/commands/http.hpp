@@ -3,8 +3,10 @@
 // of connections; knowing that a client has hung up; errors in OpenAI's form; an end by Ctrl-C.
 //
 // The library parses requests, finds the handler, writes responses. It sees a connection through
-// Wire; each has a thread of its own, and brings one request. Include it behind nano.cu.
+// Wire; each has a thread of its own, and brings one request.
 #pragma once
+
+#include "openai.hpp"
 
 #define CPPHTTPLIB_OPENSSL_SUPPORT  // as in Debian's build of the library: Request has a field more
 #include <httplib.h>

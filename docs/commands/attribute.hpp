@@ -1,4 +1,4 @@
-// attribute.cu: which parts of a prompt caused its answer. The prompt is cut into segments; with
+// attribute: which parts of a prompt caused its answer. The prompt is cut into segments; with
 // some of them left out, the answer's log-probability changes, and that is what they did for it.
 //
 //   leave-one-out  the drop when only this segment is missing; one that another repeats has none
@@ -8,18 +8,18 @@
 //
 // Each set of segments is a variant of the prompt. All variants run as one batch, and what they
 // have in common at their beginnings is computed once.
-#define NANOCU_NO_MAIN
-#include "../../nano.cu"
+#pragma once
 
 #include "answers.hpp"
-#include "whole_file.hpp"
+#include "files.hpp"
+
+namespace attribute {
 
 struct Options {
-    Flags& f;
-    string answer = {}, by = "sentence", method = "leave-one-out", page = {};
+    string answer, by = "sentence", method = "leave-one-out", page;
     int samples = 20;
-    bool separate = false;
-};
+    bool separate = false, chat = false;
+} options;
 
 struct Piece {
     string text, gap;  // gap: the white space behind it
@@ -176,11 +176,11 @@ string page(const Options& o, const vector<Piece>& pieces, const string& answer,
         "</tbody></table>\n</main></body></html>\n");
 }
 
-void attribute(const Options& o) {
-    const Flags& f = o.f;
+void run(const Flags& f) {
+    const Options& o = options;
     double start = now();
     std::optional<Chat> format;
-    if (f.chat) format = Chat::load(f.model);
+    if (o.chat) format = Chat::load(f.model);
     Session s(f, true);
     const Tokenizer& tokenizer = *s.tokenizer;
     vector<Piece> pieces = cut(input_text(f), o.by);
@@ -201,7 +201,7 @@ void attribute(const Options& o) {
     if (ids.empty()) {
         Request r = s.request(questions[0].prompt);
         r.sampling = {};
-        ids = run(s, r, false)[0].ids;
+        ids = ::run(s, r, false)[0].ids;
         std::erase_if(ids, [&](int id) { return s.model.config.eos.count(id) > 0; });
         if (ids.empty() && !interrupted) fail("the model answers nothing; give --answer");
     }
@@ -239,26 +239,29 @@ void attribute(const Options& o) {
         WholeFile(o.page).finish(page(o, pieces, answer, scores.logprobs[0]));
 }
 
-int main(int argc, char** argv) {
-    CommandLine line("attribute: which parts of a prompt caused its answer");
-    Options o{line.f};
+void add_flags(CommandLine& line) {
     line.f.max_tokens = 32;
     line.f.sampling.seed = 0;
-    line.model("");
-    line.text_flags(line.own);
-    line.flag(line.own, "--answer", o.answer, "to explain; else the model's own, by greedy search");
-    line.flag(line.own, "-n,--max-tokens", line.f.max_tokens, "of its own answer; else 32", kSize);
-    line.flag(line.own, "--by", o.by, "word, sentence (the default), or segment: marked [[so]]",
+    line.text_flags();
+    line.flag("--chat", options.chat, "the text is a question in the model's chat format");
+    line.flag("--no-special", line.f.no_special, "add no bos in front of the text");
+    line.flag("--answer TEXT", options.answer,
+              "to explain; else the model's own, by greedy search");
+    line.flag("-n,--max-tokens N", line.f.max_tokens, "of its own answer; else 32", kSize);
+    line.group("how it is attributed");
+    line.flag("--by UNIT", options.by, "word, sentence (the default), or segment: marked [[so]]",
               CLI::IsMember({"word", "sentence", "segment"}));
-    line.flag(line.own, "--method", o.method, "leave-one-out (the default) or shapley",
+    line.flag("--method NAME", options.method, "leave-one-out (the default) or shapley",
               CLI::IsMember({"leave-one-out", "shapley"}));
-    line.flag(line.own, "--samples", o.samples, "orders drawn for shapley; else 20", kSize);
-    line.flag(line.own, "--seed", line.f.sampling.seed, "of these draws; else 0");
-    line.flag(line.own, "--chat", line.f.chat, "the text is a question in the model's chat format");
-    line.flag(line.own, "--no-special", line.f.no_special, "add no bos in front of the text");
-    line.flag(line.own, "-o,--output", o.page, "an HTML page with the prompt as a heat map");
-    line.flag(line.own, "--separate", o.separate, "for comparison: load and run for each variant");
-    line.flag(line.own, "--json", line.f.json, "one JSON object");
-    line.engine_flags(line.own);
-    return line.run(argc, argv, [&] { attribute(o); });
+    line.flag("--samples N", options.samples, "orders drawn for shapley; else 20", kSize);
+    line.flag("--seed N", line.f.sampling.seed, "of these draws; else 0");
+    line.flag("-o,--output FILE", options.page, "an HTML page with the prompt as a heat map");
+    line.flag("--separate", options.separate, "for comparison: load and run for each variant");
+    line.flag("--json", line.f.json, "one JSON object");
+    line.engine_flags();
 }
+
+const bool kAdded = add_command({"attribute",
+    "which parts of a prompt caused its answer", add_flags, run});
+
+}  // namespace attribute

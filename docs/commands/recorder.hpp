@@ -1,11 +1,13 @@
-// explain.hpp: Recorder, which looks on as an engine works and notes what it does, as JSON: which
+// recorder.hpp: Recorder, which looks on as an engine works and notes what it does, as JSON: which
 // tokens each step computed, how block tables and the block pool changed, and what each token was
-// drawn from. explain.cu makes a page of it.
+// drawn from. explain.hpp makes a page of it.
 //
 // All of it is the engine's own: the draws are computed again, with the functions of sampler.hpp,
 // from the logits that the engine drew from. The record holds differences: step k says what is
 // different after it.
 #pragma once
+
+namespace explain {
 
 constexpr size_t kCandidates = 20;  // shown of a draw
 
@@ -254,3 +256,5 @@ private:
     std::mutex mutex;          // for kept
     std::map<const Draw*, vector<float>> kept;  // logits, penalties applied
 };
+
+}  // namespace explain

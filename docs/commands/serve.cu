@@ -1,14 +1,19 @@
 // serve.cu: a server that speaks OpenAI's API: chat, completions, models, as JSON or streamed.
 //
-//   build/forks/serve models/smollm2 --port 8000
+//   ./nanocu serve models/smollm2 --port 8000
+//
+// A program of its own, nanocu-serve, which nanocu starts where it stands beside it: cpp-httplib can't
+// be linked statically everywhere, and nanocu is to run wherever it is copied.
 //
 // The main thread alone drives the engine (`drive`). Each connection has a thread, which reads its
 // request, waits for news of its job, and writes what is new; a Live is all that the two share. How
-// a body is read and a response is built is batch.hpp's, as for `nanocu batch`; http.hpp has the
+// a body is read and a response is built is openai.hpp's, as for `nanocu batch`; http.hpp has the
 // connections, and what protects them.
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
+
 #include "http.hpp"
+#include "settings.hpp"
 
 #include <condition_variable>
 #include <mutex>
@@ -20,7 +25,7 @@ struct ServeOptions {
     string host = "127.0.0.1", key;
     int port = 8000, max_queue = 256, timeout = 600;
     size_t max_body = 1 << 20;
-};
+} options;
 
 // A job that a connection's thread and the main thread share.
 struct Live : Job {
@@ -238,7 +243,8 @@ private:
     }
 };
 
-void serve(const Flags& f, const ServeOptions& o) {
+void serve(const Flags& f) {
+    const ServeOptions& o = options;
     Session s(f);
     Desk desk;
     for (const char* name : {"requests", "requests_finished", "requests_abandoned", "new_tokens",
@@ -257,17 +263,19 @@ void serve(const Flags& f, const ServeOptions& o) {
     drive(s, desk);
 }
 
+void add_flags(CommandLine& line) {
+    line.flag("--host NAME", options.host, "address to listen at; else only this machine's own");
+    line.flag("--port N", options.port, "else 8000; 0: any that is free", CLI::Range(0, 65535));
+    line.flag("--api-key TEXT", options.key, "what clients must know; or NANOCU_API_KEY")
+        ->envname("NANOCU_API_KEY");
+    line.flag("--max-body SIZE", options.max_body, "of a request; else 1M",
+              CLI::AsSizeValue(false));
+    line.flag("--max-queue N", options.max_queue, "texts at a time, running or waiting; else 256",
+              kSize);
+    line.flag("--timeout N", options.timeout, "seconds for a request; else 600", kSize);
+    line.engine_flags();
+}
+
 int main(int argc, char** argv) {
-    CommandLine line("serve: an OpenAI-compatible HTTP server");
-    ServeOptions o;
-    line.model("");
-    line.flag(line.own, "--host", o.host, "address to listen at; else only this machine's own");
-    line.flag(line.own, "--port", o.port, "0: any that is free", CLI::Range(0, 65535));
-    line.flag(line.own, "--api-key", o.key, "what clients must know; or NANOCU_API_KEY");
-    line.flag(line.own, "--max-body", o.max_body, "of a request", CLI::AsSizeValue(false));
-    line.flag(line.own, "--max-queue", o.max_queue, "texts at a time, running or waiting", kSize);
-    line.flag(line.own, "--timeout", o.timeout, "seconds for a request", kSize);
-    line.engine_flags(line.own);
-    line.app.get_option("--api-key")->envname("NANOCU_API_KEY");
-    return line.run(argc, argv, [&] { serve(line.f, o); });
+    return run_command({"serve", "an OpenAI-compatible HTTP server", add_flags, serve}, argc, argv);
 }

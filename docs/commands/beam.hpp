@@ -1,4 +1,4 @@
-// beam.cu: beam search (Lowerre 1976; as in Sutskever et al. 2014): the width likeliest texts are
+// beam: beam search (Lowerre 1976; as in Sutskever et al. 2014): the width likeliest texts are
 // extended side by side, by one token a step, and the width likeliest of what comes out go on.
 //
 // A beam is a sequence of the engine, a sample of one request. When two beams go on from the same
@@ -9,8 +9,15 @@
 // Beam search alone may end below greedy search: it can drop the greedy text early, and lose later.
 // Therefore greedy search runs along as one more sequence, on the same blocks, and is a candidate
 // at the end.
-#define NANOCU_NO_MAIN
-#include "../../nano.cu"
+#pragma once
+
+namespace beam {
+
+struct Options {
+    int width = 4;
+    double penalty = 0;  // A: sums are compared over length^A
+    bool all = false, chat = false;
+} options;
 
 struct Beam {
     int sample;             // the engine's number for its sequence
@@ -117,21 +124,22 @@ string text_of(const Tokenizer& tokenizer, const vector<int>& ids) {
     return text + stream.finish();
 }
 
-void beam(const Flags& f, int width, double penalty, bool all) {
+void run(const Flags& f) {
+    const Options& o = options;
     std::optional<Chat> format;
-    if (f.chat) format = Chat::load(f.model);
+    if (o.chat) format = Chat::load(f.model);
     Session s(f, true);
     string text = input_text(f);
     vector<int> prompt = format ? s.tokenizer->encode(format->render({{"user", text}}))
                                 : s.tokenizer->encode(text, !f.no_special);
     int most = std::min(f.max_tokens, std::max(1, s.engine.context - int(prompt.size())));
-    Search search(s, prompt, width, most, penalty);
+    Search search(s, prompt, o.width, most, o.penalty);
     if (interrupted) return;
     int size = int(prompt.size()) + search.steps - 1;  // computed of each beam
-    int separate = width * Cache::blocks_for(size);
+    int separate = o.width * Cache::blocks_for(size);
     auto show = [&](const Beam& b) -> ordered {
         return {{"text", text_of(*s.tokenizer, b.ids)}, {"ids", b.ids}, {"logprob", b.logprob},
-                {"score", b.score(penalty)}};
+                {"score", b.score(o.penalty)}};
     };
     ordered j = show(search.found[0]);
     j["greedy"] = show(search.greedy);
@@ -140,33 +148,32 @@ void beam(const Flags& f, int width, double penalty, bool all) {
     j.update({{"prompt_tokens", prompt.size()}, {"steps", search.steps},
               {"blocks", search.peak}, {"separate_blocks", separate}});
     if (f.json) return put(j.dump() + "\n");
-    for (size_t i = 0; i < (all ? search.found.size() : 1); i++) {
+    for (size_t i = 0; i < (o.all ? search.found.size() : 1); i++) {
         const Beam& b = search.found[i];
-        if (all) put(str("--- ", std::fixed, std::setprecision(3), b.score(penalty), "\n"));
+        if (o.all) put(str("--- ", std::fixed, std::setprecision(3), b.score(o.penalty), "\n"));
         put(text_of(*s.tokenizer, b.ids) + "\n");
     }
     fprintf(stderr, "\nlog-probability %.3f in %zu tokens; greedy: %.3f in %zu\n"
             "%d blocks at the peak, greedy's included; %d separate copies: %d (%.0f%%)\n",
             search.found[0].logprob, search.found[0].ids.size(), search.greedy.logprob,
-            search.greedy.ids.size(), search.peak, width, separate, 100.0 * search.peak / separate);
+            search.greedy.ids.size(), search.peak, o.width, separate, 100.0 * search.peak / separate);
 }
 
-int main(int argc, char** argv) {
-    CommandLine line("beam: beam search on shared blocks");
-    int width = 4;
-    double penalty = 0;
-    bool all = false;
+void add_flags(CommandLine& line) {
     line.f.max_tokens = 64;
-    line.model("");
-    line.text_flags(line.own);
-    line.flag(line.own, "--chat", line.f.chat, "the text is a question in the model's chat format");
-    line.flag(line.own, "--no-special", line.f.no_special, "add no bos in front of the text");
-    line.flag(line.own, "-w,--width", width, "beams; else 4", CLI::Range(1, 64));
-    line.flag(line.own, "-n,--max-tokens", line.f.max_tokens, "new ones; else 64", kSize);
-    line.flag(line.own, "--length-penalty", penalty,
-              "A: compare sums over length^A; else 0, the sums themselves", CLI::Range(0.0, 10.0));
-    line.flag(line.own, "--all", all, "show all that were found, not only the best");
-    line.flag(line.own, "--json", line.f.json, "one JSON object");
-    line.engine_flags(line.own);
-    return line.run(argc, argv, [&] { beam(line.f, width, penalty, all); });
+    line.text_flags();
+    line.flag("--chat", options.chat, "the text is a question in the model's chat format");
+    line.flag("--no-special", line.f.no_special, "add no bos in front of the text");
+    line.group("the search");
+    line.flag("-w,--width N", options.width, "beams; else 4", CLI::Range(1, 64));
+    line.flag("-n,--max-tokens N", line.f.max_tokens, "new ones; else 64", kSize);
+    line.flag("--length-penalty A", options.penalty,
+              "compare sums over length^A; else 0, the sums themselves", CLI::Range(0.0, 10.0));
+    line.flag("--all", options.all, "show all that were found, not only the best");
+    line.flag("--json", line.f.json, "one JSON object");
+    line.engine_flags();
 }
+
+const bool kAdded = add_command({"beam", "beam search on shared blocks", add_flags, run});
+
+}  // namespace beam

@@ -1,4 +1,4 @@
-// answers.hpp: how likely a model finds answers, many at a time. For forks, behind nano.cu.
+// answers.hpp: how likely a model finds answers, many at a time.
 #pragma once
 
 // An answer is scored as ids of its own behind those of its prompt, so that it is the same ids

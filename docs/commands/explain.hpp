@@ -2,14 +2,16 @@
 // tokens each step computed, how the block pool changed, and for every token that was drawn the
 // candidates it was drawn from.
 //
-//   build/forks/explain models/smollm2 -p "Once upon a time" -n 30 --samples 3 -o page.html
+//   ./nanocu explain models/smollm2 -p "Once upon a time" -n 30 --samples 3 -o page.html
 //
-// explain.hpp looks on and notes; the page is explain.html, into which the notes are put.
-#define NANOCU_NO_MAIN
-#include "../../nano.cu"
+// recorder.hpp looks on and notes; the page is explain.html, into which the notes are put.
+#pragma once
 
-#include "explain.hpp"
-#include "whole_file.hpp"
+#include "files.hpp"
+#include "openai.hpp"
+#include "recorder.hpp"
+
+namespace explain {
 
 const char kPage[] =
 #include "explain.html"
@@ -52,10 +54,10 @@ ordered trace_events(const ordered& record) {
     return {{"traceEvents", events}, {"displayTimeUnit", "ms"}};
 }
 
-struct What {  // the run that is asked for, and where to write
+struct Options {  // the run that is asked for, and where to write
     string page, trace, batch;
     vector<string> questions;
-};
+} options;
 
 // The questions of a conversation, one after the other.
 void run_chat(Session& s, Recorder& recorder, const vector<string>& questions) {
@@ -97,7 +99,8 @@ void run_batch(const Session& s, Recorder& recorder, const string& path) {
     recorder.run(requests, stops);
 }
 
-void explain(const Flags& f, const What& what) {
+void run(const Flags& f) {
+    const Options& what = options;
     int sources = (f.text || !f.file.empty() || !f.ids.empty()) + !what.batch.empty() +
                   !what.questions.empty();
     if (sources > 1) fail("-p, -f, --ids, --chat, --batch: give one of them");
@@ -130,24 +133,24 @@ void explain(const Flags& f, const What& what) {
             " preemptions\n"));
 }
 
-int main(int argc, char** argv) {
-    CommandLine line("explain: what the engine does, step by step, as an HTML page");
+void add_flags(CommandLine& line) {
     Flags& f = line.f;
-    What what;
-    line.model("");
-    line.flag(line.own, "-o,--output", what.page, "the page");
-    line.app.get_option("--output")->required();
-    line.flag(line.own, "--trace", what.trace, "the run as a file for Perfetto (ui.perfetto.dev)");
-    line.text_flags(line.own);
-    line.flag(line.own, "--ids", f.ids, "the text as ids: 1,2,3");
-    line.flag(line.own, "--no-special", f.no_special,
-              "add no bos, or what else the tokenizer adds");
-    line.flag(line.own, "--samples", f.samples, "continuations of the one prompt", kSize);
-    line.app.add_option("--chat", what.questions, "questions, asked one after the other");
-    line.flag(line.own, "--system", f.system, "the system message of --chat");
-    line.flag(line.own, "--no-think", f.no_think, "Qwen3: answer without a thought");
-    line.flag(line.own, "--batch", what.batch, "a file of requests, in OpenAI's batch format");
-    line.drawing_flags(line.own);
-    line.engine_flags(line.own);
-    return line.run(argc, argv, [&] { explain(f, what); });
+    line.flag("-o,--output FILE", options.page, "the page")->required();
+    line.flag("--trace FILE", options.trace, "the run as a file for Perfetto (ui.perfetto.dev)");
+    line.text_flags();
+    line.flag("--ids 1,2,3", f.ids, "the text as ids");
+    line.flag("--no-special", f.no_special, "add no bos, or what else the tokenizer adds");
+    line.flag("--samples N", f.samples, "continuations of the one prompt; else 1", kSize);
+    line.flag("--chat TEXT TEXT", options.questions, "questions, asked one after the other")
+        ->allow_extra_args();
+    line.flag("--system TEXT", f.system, "the system message of --chat");
+    line.flag("--no-think", f.no_think, "Qwen3: answer without a thought");
+    line.flag("--batch FILE", options.batch, "requests in OpenAI's batch format");
+    line.drawing_flags();
+    line.engine_flags();
 }
+
+const bool kAdded = add_command({"explain",
+    "what the engine does, step by step, as an HTML page", add_flags, run});
+
+}  // namespace explain

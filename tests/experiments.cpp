@@ -1,25 +1,24 @@
-// Tests of the programs in docs/forks, which make builds into build/forks, and of what the engine
-// has for them.
+// The commands that ask something of a model (beam, attribute, teacher, pick-prompt), and what the
+// engine has for them.
 #include "common.hpp"
 
 #include <sys/resource.h>
 
 namespace {
 
-const string kForks = "build/forks/";
 const string kZubrowka = "\"The capital of Zubrowka is Lutz. The capital of Japan is Tokyo. "
                          "What is the capital of Zubrowka?\"";
 
-json fork_json(const string& arguments) {
-    Ran r = shell(kForks + arguments + " --json");
+json command_json(const string& arguments) {
+    Ran r = nanocu(arguments + " --json");
     CAPTURE(r.err);
     REQUIRE(r.exit == 0);
     return json::parse(r.out);
 }
 
 // It fails with one line that says text; nothing on stdout.
-void check_fork_refuses(const string& arguments, const string& text) {
-    Ran r = shell(kForks + arguments);
+void check_command_refuses(const string& arguments, const string& text) {
+    Ran r = nanocu(arguments);
     CAPTURE(arguments);
     CAPTURE(r.err);
     CHECK(r.exit == 1);
@@ -130,7 +129,7 @@ TEST_CASE("beam: finds what beam search without any sharing finds") {
         string text = c.chat ? Chat::load(kDemo).render({{"user", c.text}}) : c.text;
         vector<int> prompt = t.encode(text);
         auto want = plain_beams(e, prompt, c.width, c.most);
-        json got = fork_json(str("beam ", kDemo, " -p \"", c.text, "\" -w ", c.width, " -n ",
+        json got = command_json(str("beam ", kDemo, " -p \"", c.text, "\" -w ", c.width, " -n ",
                                  c.most, c.chat ? " --chat" : ""));
         CAPTURE(got.dump());
         json greedy_text = got["greedy"];
@@ -156,7 +155,7 @@ TEST_CASE("beam: 4 beams of 64 tokens behind 500 take at most 45% of the blocks 
     ids.resize(500);
     TempFolder folder;
     folder.write("prompt", t.decode(ids));
-    json j = fork_json("beam " + kDemo + " -w 4 -n 64 -f " + folder / "prompt");
+    json j = command_json("beam " + kDemo + " -w 4 -n 64 -f " + folder / "prompt");
     CHECK(j["prompt_tokens"] == 500);
     CHECK(j["steps"] == 64);
     CHECK(j["separate_blocks"] == 4 * Cache::blocks_for(563));
@@ -172,7 +171,7 @@ TEST_CASE("beam: on 10 prompts never less likely than greedy search, and likelie
                              "In 1905, a young clerk in Bern", "The president of the company said",
                              "My favourite book is", "Water boils at", "def fibonacci(n):",
                              "The old house at the end of the street", "Dear Sir or Madam,"}) {
-        json j = fork_json("beam " + kDemo + " -n 20 -p \"" + text + "\"");
+        json j = command_json("beam " + kDemo + " -n 20 -p \"" + text + "\"");
         CAPTURE(j.dump());
         CHECK(j["logprob"] >= j["greedy"]["logprob"]);
         likelier += j["logprob"] > j["greedy"]["logprob"];
@@ -183,28 +182,28 @@ TEST_CASE("beam: on 10 prompts never less likely than greedy search, and likelie
 TEST_CASE("beam: flags, lengths, and what is wrong") {
     string beam = "beam " + kDemo + " -p Hi ";
     // one beam is greedy search
-    json one = fork_json(beam + "-w 1 -n 8");
+    json one = command_json(beam + "-w 1 -n 8");
     CHECK(one["ids"] == one["greedy"]["ids"]);
-    json all = fork_json(beam + "-n 6 -w 3 --length-penalty 1");
+    json all = command_json(beam + "-n 6 -w 3 --length-penalty 1");
     for (const json& found : all["found"])
         CHECK(found["score"].get<double>() ==
               doctest::Approx(found["logprob"].get<double>() / double(found["ids"].size())));
-    Ran r = shell(kForks + beam + "-n 6 -w 3 --all");
+    Ran r = nanocu(beam + "-n 6 -w 3 --all");
     CHECK(r.out.find("--- ") != string::npos);
     CHECK(r.err.find("greedy") != string::npos);
     // to the end of the context, and no further
-    CHECK(fork_json(beam + "-n 64 --max-context 12")["ids"].size() <= 12 - 1);
-    check_fork_refuses(beam + "-w 4 --max-rows 4", "--max-rows");
-    check_fork_refuses(beam + "-w 0", "--width");
-    check_fork_refuses(beam + "-n 64 --kv-memory 6M", "--kv-memory");
-    check_fork_refuses("beam " + kDemo + " -p ''", "no tokens");
-    check_fork_refuses("beam nowhere -p Hi", "nowhere");
+    CHECK(command_json(beam + "-n 64 --max-context 12")["ids"].size() <= 12 - 1);
+    check_command_refuses(beam + "-w 4 --max-rows 4", "--max-rows");
+    check_command_refuses(beam + "-w 0", "--width");
+    check_command_refuses(beam + "-n 64 --kv-memory 6M", "--kv-memory");
+    check_command_refuses("beam " + kDemo + " -p ''", "no tokens");
+    check_command_refuses("beam nowhere -p Hi", "nowhere");
 }
 
 TEST_CASE("attribute: the sentence that the answer comes from has the largest drop by far") {
     // transformers, fp32, on the same weights: 14.67, -0.27, 0.63
     const string base = "attribute " + kDemo + " --chat -p " + kZubrowka;
-    json j = fork_json(base + " --answer Lutz");
+    json j = command_json(base + " --answer Lutz");
     REQUIRE(j["segments"].size() == 3);
     CHECK(j["segments"][0]["text"] == "The capital of Zubrowka is Lutz.");
     const double want[] = {14.67, -0.27, 0.63};
@@ -213,29 +212,29 @@ TEST_CASE("attribute: the sentence that the answer comes from has the largest dr
     CHECK(j["variants"] == 4);
     CHECK(j["cached"].get<int>() > 0);
     // alone and with nothing reused, the same to the bit
-    json alone = fork_json(base + " --answer Lutz --separate");
+    json alone = command_json(base + " --answer Lutz --separate");
     CHECK(alone["segments"] == j["segments"]);
     CHECK(alone["cached"] == 0);
     // its own answer is what chat says
     Ran chat = nanocu("chat " + kDemo + " -t 0 -p " + kZubrowka);
-    CHECK(fork_json(base)["answer"].get<string>() + "\n" == chat.out);
+    CHECK(command_json(base)["answer"].get<string>() + "\n" == chat.out);
 }
 
 TEST_CASE("attribute: Shapley values add up to the difference of all segments and none") {
     string base = "attribute " + kDemo + " --chat --answer Lutz -p " + kZubrowka;
-    json j = fork_json(base + " --method shapley --samples 7"), marked, none;
+    json j = command_json(base + " --method shapley --samples 7"), marked, none;
     double sum = 0;
     for (const json& s : j["segments"]) sum += s["value"].get<double>();
     // the same difference as one segment of all
-    marked = fork_json("attribute " + kDemo + " --chat --answer Lutz --by segment -p \"[[" +
+    marked = command_json("attribute " + kDemo + " --chat --answer Lutz --by segment -p \"[[" +
                        kZubrowka.substr(1, kZubrowka.size() - 2) + "]]\"");
     CHECK(sum == doctest::Approx(marked["segments"][0]["value"].get<double>()).epsilon(1e-6));
     CHECK(j["logprob"] == marked["logprob"]);
     CHECK(j["variants"] <= 8);
-    CHECK(fork_json(base + " --method shapley --samples 7")["segments"] == j["segments"]);
-    CHECK(fork_json(base + " --method shapley --samples 7 --seed 1")["segments"] != j["segments"]);
+    CHECK(command_json(base + " --method shapley --samples 7")["segments"] == j["segments"]);
+    CHECK(command_json(base + " --method shapley --samples 7 --seed 1")["segments"] != j["segments"]);
     // more orders of the same 8 variants
-    json many = fork_json(base + " --method shapley --samples 500");
+    json many = command_json(base + " --method shapley --samples 500");
     double first = many["segments"][0]["value"], error = many["segments"][0]["error"];
     CHECK(error < 0.2);
     CHECK(std::abs(first - j["segments"][0]["value"].get<double>()) <
@@ -246,7 +245,7 @@ TEST_CASE("attribute: words, sentences and marked segments") {
     auto texts = [](const string& text, const string& by) {
         TempFolder folder;
         folder.write("prompt", text);
-        json all = json::array(), j = fork_json("attribute " + kDemo + " --chat --answer a --by " +
+        json all = json::array(), j = command_json("attribute " + kDemo + " --chat --answer a --by " +
                                                 by + " -f " + folder / "prompt");
         for (const json& s : j["segments"]) all.push_back(s["text"]);
         return all;
@@ -283,7 +282,7 @@ TEST_CASE("attribute: 40 segments take at most 40% of the CPU time of 40 separat
         bool segment = i && i % 5 == 0;
         marked += str(i ? " " : "", segment ? "[[" : "", words[i % 10], segment ? "]]" : "");
     }
-    string base = kForks + "attribute " + kDemo + " --threads 1 --chat --answer Lutz -p \"";
+    string base = binary() + " attribute " + kDemo + " --threads 1 --chat --answer Lutz -p \"";
     double together = cpu_seconds(base + text + "\" --by word");
     // 8 runs, of all words and of all but one; and the model is loaded once more
     double alone = cpu_seconds(base + marked + "\" --by segment --separate") * 40 / 9;
@@ -292,7 +291,7 @@ TEST_CASE("attribute: 40 segments take at most 40% of the CPU time of 40 separat
     CHECK(together <= 0.4 * alone);
     // one by one the same to the bit
     string few = "attribute " + kDemo + " --chat --answer Lutz --by segment -p \"" + marked + "\"";
-    CHECK(fork_json(few)["segments"] == fork_json(few + " --separate")["segments"]);
+    CHECK(command_json(few)["segments"] == command_json(few + " --separate")["segments"]);
 }
 
 TEST_CASE("attribute: the heat map opens in a browser, light and dark") {
@@ -300,7 +299,7 @@ TEST_CASE("attribute: the heat map opens in a browser, light and dark") {
     folder.write("prompt", "A <b>bold</b> & \"quoted\" claim. Is <script>alert(1)</script> run? "
                            "A_very_long_word_" + string(80, 'w') + " too.");
     for (const char* how : {"--by sentence --method shapley --samples 2", "--by word"}) {
-        Ran r = shell(kForks + "attribute " + kDemo + " --chat --answer '<i>&' " + how + " -f " +
+        Ran r = nanocu("attribute " + kDemo + " --chat --answer '<i>&' " + how + " -f " +
                       folder / "prompt" + " -o " + folder / "page.html");
         CAPTURE(r.err);
         REQUIRE(r.exit == 0);
@@ -326,14 +325,14 @@ TEST_CASE("attribute: the heat map opens in a browser, light and dark") {
 
 TEST_CASE("attribute: what is wrong is one line") {
     string base = "attribute " + kDemo + " -p ";
-    check_fork_refuses(base + "hi --by segment", "[[");
-    check_fork_refuses(base + "'[[a]] b]]' --by segment", "other half");
-    check_fork_refuses(base + "hi --answer a", "--chat");
-    check_fork_refuses(base + "'' --answer a", "no segment");
-    check_fork_refuses(base + "hi --by line", "--by");
-    check_fork_refuses(base + "'a b' --by word --answer a --max-context 2", "context");
+    check_command_refuses(base + "hi --by segment", "[[");
+    check_command_refuses(base + "'[[a]] b]]' --by segment", "other half");
+    check_command_refuses(base + "hi --answer a", "--chat");
+    check_command_refuses(base + "'' --answer a", "no segment");
+    check_command_refuses(base + "hi --by line", "--by");
+    check_command_refuses(base + "'a b' --by word --answer a --max-context 2", "context");
     TempFolder folder;
-    Ran r = shell(kForks + base + "'a b' --by word --answer a -o " + folder / "no/page.html");
+    Ran r = nanocu(base + "'a b' --by word --answer a -o " + folder / "no/page.html");
     CHECK(r.exit == 1);
     CHECK(r.err.find("no/page.html") != string::npos);
     CHECK(shell("ls -A " + folder.path).out == "");
@@ -350,7 +349,7 @@ TEST_CASE("teacher: what is written is what the model gives") {
     vector<int> ids = t.encode(text);
     for (const char* more : {"", " --overlap 10"}) {
         bool overlaps = *more;
-        Ran r = shell(kForks + "teacher " + kDemo + " " + folder / "text" +
+        Ran r = nanocu("teacher " + kDemo + " " + folder / "text" +
                       " -k 3 --context 40 -o -" + more);
         REQUIRE(r.exit == 0);
         std::istringstream out(r.out);
@@ -380,8 +379,8 @@ TEST_CASE("teacher: what is written is what the model gives") {
         }
         CHECK(told == ids.size());  // behind each id once
     }
-    string all = shell(kForks + "teacher " + kDemo + " " + folder / "text" + " -k 3 -o -").out;
-    string two = shell(kForks + "teacher " + kDemo + " " + folder / "texts.jsonl" +
+    string all = nanocu("teacher " + kDemo + " " + folder / "text" + " -k 3 -o -").out;
+    string two = nanocu("teacher " + kDemo + " " + folder / "texts.jsonl" +
                        " --jsonl -k 3 -o -").out;
     CHECK(two.starts_with(all));
     CHECK(json::parse(two.substr(all.size()))["ids"] == t.encode("Hello"));
@@ -391,7 +390,7 @@ TEST_CASE("teacher: after kill -9 it goes on to the same bytes") {
     TempFolder folder;
     string text = read_file(kData + "smollm2/perplexity.txt").substr(0, 1500);
     folder.write("text", text);
-    string command = kForks + "teacher " + kDemo + " " + folder / "text" +
+    string command = binary() + " teacher " + kDemo + " " + folder / "text" +
                      " -k 4 --context 24 --chunk 24 -o ";
     REQUIRE(shell(command + folder / "want").exit == 0);
     string want = read_file(folder / "want"), out = folder / "out";
@@ -417,34 +416,34 @@ TEST_CASE("teacher: what it can't go on with is left alone; what cannot be writt
     folder.write("other", "Something else that is long enough to be a chunk or two of it.");
     string base = "teacher " + kDemo + " ", in = base + folder / "text" + " --context 8 -k 2";
     string out = " -o " + folder / "out";
-    REQUIRE(shell(kForks + in + out).exit == 0);
+    REQUIRE(nanocu(in + out).exit == 0);
     string want = read_file(folder / "out");
-    check_fork_refuses(base + folder / "other" + " --context 8 -k 2" + out, "another corpus");
-    check_fork_refuses(base + folder / "text" + " --context 9 -k 2" + out, "settings");
-    check_fork_refuses(base + folder / "text" + " --context 8 -k 3" + out, "settings");
-    check_fork_refuses(in + " --overlap 2" + out, "settings");
+    check_command_refuses(base + folder / "other" + " --context 8 -k 2" + out, "another corpus");
+    check_command_refuses(base + folder / "text" + " --context 9 -k 2" + out, "settings");
+    check_command_refuses(base + folder / "text" + " --context 8 -k 3" + out, "settings");
+    check_command_refuses(in + " --overlap 2" + out, "settings");
     CHECK(read_file(folder / "out") == want);
     string changed = want;  // as by another model
     size_t digit = changed.find(".", changed.rfind("top_logprobs")) - 1;
     changed[digit] = changed[digit] == '9' ? '1' : char(changed[digit] + 1);
     folder.write("out", changed);
-    check_fork_refuses(in + out, "another model");
+    check_command_refuses(in + out, "another model");
     CHECK(read_file(folder / "out") == changed);
     folder.write("out", "my notes\n");
-    check_fork_refuses(in + out, "line 1");
+    check_command_refuses(in + out, "line 1");
     CHECK(read_file(folder / "out") == "my notes\n");
     string locked = folder / "out2";
-    CHECK(shell("flock " + locked + " " + kForks + in + " -o " + locked).exit == 1);
-    check_fork_refuses(in + " -o /dev/full", "No space left");
-    check_fork_refuses(in + " -o " + folder / "text", "corpus");
-    check_fork_refuses(in + " -o " + folder.path, folder.path);
-    check_fork_refuses(in + " --overlap 8 -o -", "--overlap");
-    check_fork_refuses(base + folder / "text" + " --context 10000 -o -", "--context");
-    check_fork_refuses(base + folder / "nothing" + " -o -", "nothing");
+    CHECK(shell("flock " + locked + " " + binary() + " " + in + " -o " + locked).exit == 1);
+    check_command_refuses(in + " -o /dev/full", "No space left");
+    check_command_refuses(in + " -o " + folder / "text", "corpus");
+    check_command_refuses(in + " -o " + folder.path, folder.path);
+    check_command_refuses(in + " --overlap 8 -o -", "--overlap");
+    check_command_refuses(base + folder / "text" + " --context 10000 -o -", "--context");
+    check_command_refuses(base + folder / "nothing" + " -o -", "nothing");
     folder.write("bad.jsonl", "\"fine\"\n\n[1]\n");
-    check_fork_refuses(base + folder / "bad.jsonl" + " --jsonl -o " + folder / "none", "line 3");
+    check_command_refuses(base + folder / "bad.jsonl" + " --jsonl -o " + folder / "none", "line 3");
     folder.write("bad", "abc\xff");
-    check_fork_refuses(base + folder / "bad" + " -o " + folder / "none", "byte 3");
+    check_command_refuses(base + folder / "bad" + " -o " + folder / "none", "byte 3");
 }
 
 TEST_CASE("pick-prompt: accuracy and log-probabilities are those of the labels one by one") {
@@ -453,7 +452,7 @@ TEST_CASE("pick-prompt: accuracy and log-probabilities are those of the labels o
     folder.write("examples", "{\"text\": \"I won!\", \"label\": \"happy\"}\n"
                              "{\"text\": \"It {text} rains.\", \"label\": \"so sad\"}\n"
                              "{\"text\": \"I lost.\", \"label\": \"so sad\"}\n");
-    Ran r = shell(kForks + "pick-prompt " + kDemo + " " + folder / "templates" + " " +
+    Ran r = nanocu("pick-prompt " + kDemo + " " + folder / "templates" + " " +
                   folder / "examples" + " --json");
     REQUIRE(r.exit == 0);
     Model m(kDemo);
@@ -503,7 +502,7 @@ TEST_CASE("pick-prompt: what is wrong is one line with its number") {
         folder.write("e2", examples);
         string files = folder / (templates.empty() ? "t" : "t2") + " " +
                        folder / (examples.empty() ? "e" : "e2");
-        check_fork_refuses("pick-prompt " + kDemo + " " + files + more, text);
+        check_command_refuses("pick-prompt " + kDemo + " " + files + more, text);
     };
     refuses("\n{text} {label}\n{label} {text}\n", "", "line 3");
     refuses("{label}\n", "", "line 1");
@@ -512,5 +511,5 @@ TEST_CASE("pick-prompt: what is wrong is one line with its number") {
     refuses("", "{\"text\": \"a\", \"label\": \"b\"}\n{\"text\": 1, \"label\": \"b\"}\n", "line 2");
     refuses("", "{\"text\": \"a\"}\n", "line 1");
     refuses("", "", "not among", " --label b --label d");
-    check_fork_refuses("pick-prompt " + kDemo + " nothing " + folder / "e", "nothing");
+    check_command_refuses("pick-prompt " + kDemo + " nothing " + folder / "e", "nothing");
 }

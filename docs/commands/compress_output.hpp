@@ -1,6 +1,11 @@
-// compress.hpp: how docs/forks/compress.cu, which includes this, shows its results (a table, JSON,
+// compress_output.hpp: how compress.hpp shows its results (a table, JSON,
 // a plot) and writes a compressed model.
 #pragma once
+
+#include "compress_methods.hpp"
+#include "files.hpp"
+
+namespace compress {
 
 string megabytes(double bytes) { return str(std::fixed, std::setprecision(1), bytes / 1e6); }
 
@@ -150,3 +155,5 @@ void write_model(const string& from, const string& to, const vector<Tensor>& ten
         throw;
     }
 }
+
+}  // namespace compress

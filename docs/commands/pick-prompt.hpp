@@ -1,14 +1,21 @@
-// pick-prompt.cu: which of some prompt templates makes a model say the right thing. A template is
+// pick-prompt: which of some prompt templates makes a model say the right thing. A template is
 // filled with each example's text and followed by each of the labels; what counts is how likely the
 // model finds them. Ranked by the mean log-probability of the right one, which also tells templates
 // apart that get the same examples right.
 //
 // All of it is one batch: a template's beginning is computed once for all examples, and an example
 // once for all labels, in whole blocks of the cache.
-#define NANOCU_NO_MAIN
-#include "../../nano.cu"
+#pragma once
 
 #include "answers.hpp"
+
+namespace pick_prompt {
+
+struct Options {
+    string templates, examples;  // files
+    vector<string> labels;
+    bool chat = false;
+} options;
 
 struct Example {
     string text;
@@ -83,12 +90,12 @@ Question question(const Session& s, const std::optional<Chat>& format, const Tem
     return q;
 }
 
-void pick(const Flags& f, const string& templates_path, const string& examples_path,
-          vector<string> labels) {
-    vector<Template> templates = read_templates(templates_path);
-    vector<Example> examples = read_examples(examples_path, labels);
+void run(const Flags& f) {
+    vector<string> labels = options.labels;
+    vector<Template> templates = read_templates(options.templates);
+    vector<Example> examples = read_examples(options.examples, labels);
     std::optional<Chat> format;
-    if (f.chat) format = Chat::load(f.model);
+    if (options.chat) format = Chat::load(f.model);
     Session s(f, true);
     vector<Question> questions;  // labels last: an example's others find it computed by then
     for (const string& label : labels)
@@ -128,18 +135,18 @@ void pick(const Flags& f, const string& templates_path, const string& examples_p
             long(scores.cached), now() - start);
 }
 
-int main(int argc, char** argv) {
-    CommandLine line("pick-prompt: which prompt template makes a model say the right label");
-    string templates, examples;
-    vector<string> labels;
-    line.model("");
-    line.app.add_option("TEMPLATES", templates, "a file, a template a line, with {text} and, at "
-        "its end, {label}; a JSON string if it has several lines")->required();
-    line.app.add_option("EXAMPLES", examples, "JSONL: {\"text\": ..., \"label\": ...}")->required();
-    line.flag(line.own, "--label", labels, "one of the labels; repeated; else all in EXAMPLES");
-    line.flag(line.own, "--chat", line.f.chat, "a template is a question, the label the answer");
-    line.flag(line.own, "--no-special", line.f.no_special, "add no bos in front of a prompt");
-    line.flag(line.own, "--json", line.f.json, "one JSON object a template");
-    line.engine_flags(line.own);
-    return line.run(argc, argv, [&] { pick(line.f, templates, examples, labels); });
+void add_flags(CommandLine& line) {
+    line.argument("TEMPLATES", options.templates, "a file, a template a line, with {text} and, at "
+        "its end, {label}; a JSON string if it has several lines");
+    line.argument("EXAMPLES", options.examples, "JSONL: {\"text\": ..., \"label\": ...}");
+    line.flag("--label TEXT", options.labels, "one of the labels; repeated; else all in EXAMPLES");
+    line.flag("--chat", options.chat, "a template is a question, the label the answer");
+    line.flag("--no-special", line.f.no_special, "add no bos in front of a prompt");
+    line.flag("--json", line.f.json, "one JSON object a template");
+    line.engine_flags();
 }
+
+const bool kAdded = add_command({"pick-prompt",
+    "which prompt template makes a model say the right label", add_flags, run});
+
+}  // namespace pick_prompt

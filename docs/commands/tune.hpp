@@ -1,5 +1,5 @@
-// tune.cu: which --threads, --max-rows and --chunk are best on this machine for the requests of a
-// file, and MODEL/nanocu.json, where every program finds them afterwards (CommandLine, in nano.cu).
+// tune: which --threads, --max-rows and --chunk are best on this machine for the requests of a
+// file, and MODEL/nanocu.json, where all commands find them afterwards (settings.hpp).
 //
 // Times on a machine with other work are noisy, so nothing is compared but what ran side by side: a
 // round runs the settings so far, each candidate, and the settings so far once more. What counts is
@@ -7,10 +7,20 @@
 // how far their own two times are apart. A candidate is taken if it is faster by more than that.
 // The best of many may have been lucky, so at last it meets the defaults again, in rounds of their
 // own, and it is kept only if it wins these, too.
-#define NANOCU_NO_MAIN
-#include "../../nano.cu"
+#pragma once
 
-#include "whole_file.hpp"
+#include "bench.hpp"
+#include "files.hpp"
+#include "openai.hpp"
+#include "settings.hpp"
+
+namespace tune {
+
+struct Options {
+    string workload;
+    int rounds = 5;
+    bool dry = false;
+} options;
 
 struct Setting {
     int threads, rows, chunk;
@@ -26,7 +36,7 @@ double median(vector<double> v) {
 
 // The requests of a file: lengths as of bench --workload, or lines as of batch.
 vector<Job> read_jobs(const Flags& f) {
-    string text = read_file(f.workload);
+    string text = read_file(options.workload);
     Flags own = f;
     if (!own.kv_memory) own.kv_memory = 1 << 28;  // this engine only knows the context
     size_t first = text.find_first_not_of(" \t\r\n");
@@ -35,15 +45,15 @@ vector<Job> read_jobs(const Flags& f) {
     vector<Job> jobs;
     std::optional<Chat> format;
     std::istringstream in(text);
-    if (!lines) for (auto [prompt, count] : read_workload(f.workload, s.engine.context)) {
-        jobs.emplace_back().request = bench_request(s, prompt, count);
+    if (!lines) for (auto [prompt, count] : bench::read_workload(options.workload, s.engine.context)) {
+        jobs.emplace_back().request = bench::request(s, prompt, count);
         jobs.back().request.sampling.temperature = 0.6f;  // as bench has it
     }
     for (string line; lines && std::getline(in, line);) {
         if (line.find_first_not_of(" \t\r") == string::npos) continue;
         jobs.emplace_back();
         jobs.back().line = int64_t(jobs.size());
-        in_file(str(f.workload, ": request ", jobs.size()), [&] {
+        in_file(str(options.workload, ": request ", jobs.size()), [&] {
             read_job(s, format, parse_json(line), jobs.back());
         });
         jobs.back().replies.clear();  // they know the session's tokenizer
@@ -177,15 +187,16 @@ void write_settings(const Flags& f, const ordered& entry) {
     string path = f.model + "/nanocu.json";
     ordered all = ordered::object();
     with_json(path, [&](const json& j) { all = j; }, true);
-    all.erase(machine(f.device));
-    if (!entry.empty()) all[machine(f.device)] = entry;
+    all.erase(settings::machine(f.device));
+    if (!entry.empty()) all[settings::machine(f.device)] = entry;
     if (all.empty() && !fs::exists(path)) return;
     if (all.empty()) fs::remove(path);
     else WholeFile(path).finish(all.dump(2) + "\n");
 }
 
-void tune(const Flags& f, int rounds, bool dry) {
-    Tuner tuner(f, rounds);
+void run(const Flags& f) {
+    const bool dry = options.dry;
+    Tuner tuner(f, options.rounds);
     Setting best = tuner.search();
     if (interrupted) return;
     ordered entry;
@@ -198,20 +209,20 @@ void tune(const Flags& f, int rounds, bool dry) {
             "\n"));
 }
 
-int main(int argc, char** argv) {
-    CommandLine line("tune: the fastest rows, chunk and threads for a workload on this machine");
-    int rounds = 5;
-    bool dry = false;
-    line.model("");
-    line.flag(line.own, "--workload", line.f.workload,
-              "lengths as of bench --workload, or a JSONL batch file");
-    line.app.get_option("--workload")->required();
-    line.flag(line.own, "--rounds", rounds, "comparisons; else 5", CLI::Range(1, 1000));
-    line.flag(line.own, "--dry-run", dry, "write nothing");
-    line.flag(line.own, "--device", line.f.device, "auto, cpu, cuda or cuda:1");
-    line.flag(line.own, "--kv-memory", line.f.kv_memory, "size of the cache, as 512M",
+void add_flags(CommandLine& line) {
+    line.flag("--workload FILE", options.workload,
+              "lengths as of bench --workload, or a JSONL batch file")->required();
+    line.flag("--rounds N", options.rounds, "comparisons; else 5", CLI::Range(1, 1000));
+    line.flag("--dry-run", options.dry, "write nothing");
+    line.flag("--device NAME", line.f.device, "auto (the default), cpu, cuda or cuda:1");
+    line.flag("--kv-memory SIZE", line.f.kv_memory, "of the cache, as 512M",
               CLI::AsSizeValue(false));
-    line.flag(line.own, "--max-context", line.f.max_context, "fewer tokens than the model allows",
-              kSize);
-    return line.run(argc, argv, [&] { tune(line.f, rounds, dry); });
+    line.flag("--max-context N", line.f.max_context, "fewer tokens than the model allows", kSize);
+    line.flag("--without NAME,NAME", line.f.without, "turn these optimizations off; all: every one")
+        ->delimiter(',');
 }
+
+const bool kAdded = add_command({"tune",
+    "the fastest rows, chunk and threads for a workload on this machine", add_flags, run});
+
+}  // namespace tune
