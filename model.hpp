@@ -611,14 +611,33 @@ struct Chat {
 // Weights: the tensors of *.safetensors by name. Such a file is a 64-bit little-endian length, that
 // many bytes of JSON, and the data; what the header says is checked before any of it is used.
 
-using bf16 = uint16_t;  // the upper half of a float
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#define NANOCU_BOTH __host__ __device__  // the same code for a CPU and a GPU
+#else
+#define NANOCU_BOTH
+#endif
 
-inline float bf16_to_float(bf16 b) { return std::bit_cast<float>(uint32_t(b) << 16); }
+// The upper half of a float.
+struct bf16 {
+    uint16_t bits;
 
-inline bf16 float_to_bf16(float f) {  // to the nearest, ties to even
-    uint32_t bits = std::bit_cast<uint32_t>(f);
-    return std::isnan(f) ? 0x7FC0 : bf16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
+    bf16() = default;
+    NANOCU_BOTH explicit bf16(float f) {  // to the nearest, ties to even
+#ifdef __CUDA_ARCH__
+        bits = __bfloat16_as_ushort(__float2bfloat16_rn(f));
+#else
+        uint32_t all = std::bit_cast<uint32_t>(f);
+        bits = std::isnan(f) ? 0x7FC0 : uint16_t((all + 0x7FFF + (all >> 16 & 1)) >> 16);
+#endif
+    }
+    NANOCU_BOTH operator float() const {
+        uint32_t all = uint32_t(bits) << 16;
+        float f;
+        memcpy(&f, &all, sizeof f);
+        return f;
+    }
+};
 
 inline float f16_to_float(uint16_t h) { return _cvtsh_ss(h); }
 
@@ -655,7 +674,7 @@ public:
 
     vector<float> get(const string& name, int n) {
         vector<float> out(n);
-        std::ranges::transform(std::span(find(name, {n}, n), n), out.begin(), bf16_to_float);
+        std::ranges::copy(std::span(find(name, {n}, n), n), out.begin());
         return out;
     }
 
@@ -681,7 +700,7 @@ private:
             uint32_t bits = 0;
             memcpy(&bits, data + i * (wide ? 4 : 2), wide ? 4 : 2);  // from any address
             if (wide) return std::bit_cast<float>(bits);
-            return half ? f16_to_float(bits) : bf16_to_float(bits);
+            return half ? f16_to_float(bits) : std::bit_cast<float>(bits << 16);
         });
     }
 
@@ -690,7 +709,7 @@ private:
         bf16* out = new bf16[count];
         memory.emplace_back(out, std::default_delete<bf16[]>());
         #pragma omp parallel for
-        for (uint64_t i = 0; i < count; i++) out[i] = float_to_bf16(value(i));
+        for (uint64_t i = 0; i < count; i++) out[i] = bf16(float(value(i)));
         return out;
     }
 

@@ -4,15 +4,16 @@
 //   text -> ids (model.hpp) -> Sequence -> blocks (cache.hpp) -> Step (flat arrays) -> forward
 //        -> logits -> sampler.hpp -> id, back into the Sequence and on the screen
 //
-// Chapters: 1 the step and its memory   2 the ops on the CPU   3 the forward pass   4 the engine
-//           5 the commands   6 main; docs/forks/gpu.hpp (with nvcc) and docs/forks/batch.hpp are
-//           read where they are included
+// Chapters: 1 the step, and what a device is   2 the engine   3 the ops, for a team of threads
+//           4 the forward pass, on a CPU and on a GPU   5 session, chat, generate   6 flags, main
 // Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
-// Tests and forks include this file with NANOCU_NO_MAIN defined.
+// Built by g++ or clang++ it runs on CPUs, built by nvcc on NVIDIA GPUs, too. Whoever includes this
+// file in a program of his own defines NANOCU_NO_MAIN.
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
+#include <atomic>
 #include <charconv>
 #include <csignal>
 #include <deque>
@@ -26,46 +27,30 @@
 #include "model.hpp"
 #include "sampler.hpp"
 
-constexpr int kLogitRows = 64;   // rows whose logits are in memory at a time
-constexpr int kPrefetch = 8192;  // weights fetched ahead of their use on a CPU, in numbers
+#ifdef __CUDACC__
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#endif
 
 // =============================================================================================
-// 1. The step and its memory
+// 1. The step, and what a device is
 // =============================================================================================
 
-// Sees what an engine does, where Engine::observer is set; docs/forks/explain.cu is one.
-struct Observer {
-    virtual ~Observer() = default;
-    virtual void scheduled(const struct Flight&) = 0;  // a step, about to be launched
-    virtual void collected(const struct Flight&) = 0;  // its ids are in; what ended has left
-    // An id was drawn or scored from logits [V], before penalties. Several threads call this.
-    virtual void drawn(const struct Draw&, std::span<const float> logits) = 0;
+// What a row of logits is for: to draw the id at a position of a sequence, or to score one that is
+// known.
+struct Draw {
+    int row, part;                        // of Step::logit_rows, of the step's sequences
+    int sample, position;                 // of the id that is asked for
+    const Sampling& sampling;
+    std::span<const int> prompt, output;  // ids before it, for penalties; gone after launch
+    int logprobs;                         // -1: none; k: of the id and of the k likeliest
+    int known = -1;                       // the id to score; -1: draw one
 };
 
-// What a row of logits is for: to draw the id at a position of a sequence, or to score it.
-struct Draw {
-    int row, part;                       // of Step::logit_rows, of the step's sequences
-    int sample, position;                // of the id that is asked for
-    const Sampling& sampling;
-    std::span<const int> prompt, output;  // before it, for penalties; gone after launch
-    int logprobs;                        // -1: none; k: of the id and the k likeliest
-    int id = -1;                         // in: the one to score, or -1; out: the new one
-    Observer* observer = nullptr;
-    vector<TokenLogprob> scores = {};    // out
-
-    // From its row of logits [V].
-    void resolve(std::span<const float> logits) {
-        if (id < 0) {
-            vector<float> penalized;
-            if (sampling.has_penalties()) {
-                penalized.assign(logits.begin(), logits.end());
-                apply_penalties(penalized, sampling, prompt, output);
-            }
-            id = sample_id(penalized.empty() ? logits : penalized, sampling, sample, position);
-        }
-        if (logprobs >= 0) scores = log_probabilities(logits, id, logprobs);
-        if (observer) observer->drawn(*this, logits);
-    }
+// What comes back for a Draw.
+struct Drawn {
+    int id = -1;
+    vector<TokenLogprob> scores = {};
 };
 
 // What a device sees of one iteration: T tokens of several sequences, each token one row. An id
@@ -77,406 +62,39 @@ struct Step {
     int table_width = 0;
     vector<int> logit_rows;      // the rows whose logits are asked for
     vector<Draw> draws;          // what for, in the same order
+    vector<Drawn> drawn = {};    // out: what came of each draw
     vector<Cache::Copy> copies;  // blocks to copy before anything is written
     vector<int> taken;           // blocks whose old contents nobody may read
-    int slot = 0;                // for the device's own use
+    struct Observer* observer = nullptr;  // who looks at the logits, or null
+    int buffer = 0;              // for the device's own use
     bool replayed = false;       // out: ran as a captured graph
 
     int tokens() const { return int(ids.size()); }
+    int sequences() const { return int(tables.size()) / std::max(1, table_width); }
     const int* table(int row) const { return &tables[size_t(sequence[row]) * table_width]; }
 };
 
 // Where steps run. Its memory for keys and values comes with reserve.
 struct Device {
-    string name, note;      // note: what is worth knowing, or empty
-    vector<string> chapters = {};                // what makes it faster, and can be turned off
-    std::map<string, string> served = {};        // op -> the file whose code runs it
-    bool overlaps = false;  // launch returns before the step is done
+    string name, note;       // note: what is worth knowing, or empty
+    bool overlaps = false;   // launch returns before the step is done
+    vector<string> chapters;               // that this device can be run without (--without)
+    std::map<string, string> served;       // op -> the file whose code does it
     virtual ~Device() = default;
     virtual size_t block_bytes() const = 0;
     size_t token_bytes() const { return block_bytes() / kBlockSize; }
     virtual size_t free_memory() const = 0;  // what KV memory may take by default
     virtual void reserve(int blocks) = 0;
     virtual void launch(Step& step) = 0;
-    virtual void wait(Step& step) = 0;  // until the draws of this one, the oldest, are resolved
+    virtual void wait(Step& step) = 0;  // until the draws of this one, the oldest, are made
 };
 
 double now() { return omp_get_wtime(); }
 
 size_t physical_memory() { return size_t(sysconf(_SC_PHYS_PAGES)) * getpagesize(); }
 
-// Keys and values, in float. Inside a block a head's keys are transposed: one vector holds the same
-// component of eight tokens. Memory is real only once it is touched.
-struct KvMemory {
-    const Config& c;
-    float* data;  // [blocks, L, 2 (keys, values), KV, HD * 16]
-
-    KvMemory(const Config& c, int blocks) : c(c), data((float*)calloc(blocks, block_bytes(c))) {
-        if (!data) fail("KV memory: ", blocks, " blocks are too much; lower --kv-memory");
-    }
-    KvMemory(const KvMemory&) = delete;
-    ~KvMemory() { free(data); }
-
-    static size_t token_bytes(const Config& c) { return sizeof(float) * c.layers * 2 * c.kv_dim(); }
-    static size_t block_bytes(const Config& c) { return token_bytes(c) * kBlockSize; }
-    std::span<float> block(int b) {
-        size_t size = block_bytes(c) / sizeof(float);
-        return {data + size * b, size};
-    }
-    float* keys(int layer, int block, int head) {  // [HD, 16]
-        size_t at = (size_t(block) * c.layers + layer) * 2 * c.kv_heads + head;
-        return data + at * c.head_dim * kBlockSize;
-    }
-    float* values(int layer, int block, int head) {  // [16, HD]
-        return keys(layer, block, c.kv_heads + head);
-    }
-};
-
-// What flows from op to op, in float.
-struct Activations {
-    vector<float> x;             // [T, D], the residual stream
-    vector<float> normed;        // [T, D]
-    vector<float> qkv, att;      // [T, (H + 2 KV) HD], [T, H HD]
-    vector<float> h;             // [T, F]
-    vector<float> cosine, sine;  // [T, HD / 2], of the position's angles
-    vector<float> logits;        // [kLogitRows, V]
-
-    Activations(const Config& c, size_t tokens)
-        : x(tokens * c.hidden), normed(std::max<size_t>(tokens, kLogitRows) * c.hidden),
-          qkv(tokens * c.qkv_dim()), att(tokens * c.q_dim()), h(tokens * c.intermediate),
-          cosine(tokens * c.head_dim / 2), sine(cosine), logits(size_t(kLogitRows) * c.vocab) {}
-};
-
 // =============================================================================================
-// 2. The ops on the CPU: bf16 weights, float everything else, OpenMP.
-//    All threads call each op; they share its loops and meet behind them. The bits of a row depend
-//    on nothing but its own tokens: every sum has one order, whatever the batch, chunk or threads.
-// =============================================================================================
-
-namespace cpu {
-
-// Four and eight lanes, at any address.
-typedef float f32x4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float f32x8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(2), may_alias));
-
-// One copy of a function for any x86-64-v3, one for AVX-512 with its 32 registers.
-#define NANOCU_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
-#define NANOCU_INLINE inline __attribute__((always_inline))
-
-// exp(x), |x| cut at 87, relative error under 2e-7: 2^n times a polynomial on [-ln2 / 2, ln2 / 2].
-NANOCU_INLINE void exp8(f32x8& x) {
-    x = x > -87.0f ? x : f32x8{} - 87.0f;
-    x = x < 87.0f ? x : f32x8{} + 87.0f;
-    f32x8 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
-    f32x8 n = shifted - 12582912.0f;
-    f32x8 r = x - n * 0.693359375f + n * 2.12194440e-4f, p = f32x8{} + 1 / 5040.0f;
-    for (float c : {1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-    x = p * (f32x8)(((u32x8)shifted << 23) + 0x3F800000u);
-}
-
-// The sums over the lanes of four vectors, each in the same order.
-NANOCU_INLINE void sums_of(const f32x8 v[4], f32x4& out) {
-    f32x4 half[4];
-    for (int j = 0; j < 4; j++) half[j] = ((f32x4*)&v[j])[0] + ((f32x4*)&v[j])[1];
-    f32x4 ab = __builtin_shufflevector(half[0], half[1], 0, 1, 4, 5) +
-               __builtin_shufflevector(half[0], half[1], 2, 3, 6, 7);
-    f32x4 cd = __builtin_shufflevector(half[2], half[3], 0, 1, 4, 5) +
-               __builtin_shufflevector(half[2], half[3], 2, 3, 6, 7);
-    out = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
-}
-
-// A row that is multiplied with weights has its 16-groups in the order 0 2 4 .. 14 1 3 .. 15: then
-// a shift and a mask split a vector of bf16 into the two of floats that go with it.
-inline int paired(int i) { return (i & ~15) + (i & 1) * 8 + (i & 15) / 2; }
-
-// The heart of it: R rows of x [R, K] times 4 rows of weights, each sum a chain of 8 lanes along K.
-// R is how many rows share a weight while it is in a register. out: every other one of [R, 2].
-template <int R>
-NANOCU_CLONES void tile(const float* x, int K, const bf16* const w[4], f32x4* out) {
-    f32x8 sum[R][4] = {};
-    for (int k = 0; k < K; k += 16) {
-        f32x8 even[4], odd[4];
-        for (int j = 0; j < 4; j++) {
-            u32x8 pairs = *(const u32x8*)(w[j] + k);
-            even[j] = (f32x8)(pairs << 16);
-            odd[j] = (f32x8)(pairs & 0xFFFF0000u);
-            __builtin_prefetch(w[j] + k + kPrefetch, 0, 2);  // into L2: L1 has few misses in flight
-        }
-        for (int i = 0; i < R; i++) {
-            const f32x8* xs = (const f32x8*)(x + size_t(i) * K + k);
-            for (int j = 0; j < 4; j++) sum[i][j] += xs[0] * even[j];
-            for (int j = 0; j < 4; j++) sum[i][j] += xs[1] * odd[j];
-        }
-    }
-    for (int i = 0; i < R; i++) sums_of(sum[i], out[2 * i]);
-}
-
-// All T rows of x [T, K] times the weights row(0) .. row(N - 1), eight at a time: calls
-// store(t, n, sums of n .. n + 7). The rows go in groups that stay in L2 while all weights pass by.
-template <class Row, class Store>
-void project(const float* x, int T, int K, int N, Row row, Store store) {
-    static const bool wide = __builtin_cpu_supports("avx512vl");
-    static decltype(tile<1>)* const tiles[] = {
-        nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<4>, tile<4>, tile<4>, tile<8>};
-    const int group = std::max(8, 65536 / K / 8 * 8);
-    for (int begin = 0; begin < T; begin += group) {
-        #pragma omp for schedule(static) nowait
-        for (int n = 0; n < N; n += 8) {
-            const bf16* w[8];
-            for (int j = 0; j < 8; j++) w[j] = row(n + j);
-            for (int t = begin, end = std::min(T, begin + group), rows; t < end; t += rows) {
-                rows = std::min(end - t, wide ? 8 : 3);
-                if (rows > 4 && rows < 8) rows = 4;
-                f32x8 sums[8];
-                for (int half = 0; half < 2; half++)
-                    tiles[rows](x + size_t(t) * K, K, w + 4 * half, (f32x4*)sums + half);
-                for (int i = 0; i < rows; i++) store(t + i, n, sums[i]);
-            }
-        }
-    }
-    #pragma omp barrier
-}
-
-// RMS norm (Zhang and Sennrich 2019): out[order(i)] = x[i] / sqrt(mean(x^2) + eps) * weight[i].
-template <class Order>
-void norm(const float* x, const vector<float>& weight, float eps, float* out, Order order) {
-    f32x8 squares = {};
-    int n = int(weight.size());
-    for (int i = 0; i < n; i += 8) squares += *(const f32x8*)(x + i) * *(const f32x8*)(x + i);
-    float sum = std::accumulate((float*)&squares, (float*)&squares + 8, 0.0f);
-    float factor = 1 / std::sqrt(sum / float(n) + eps);
-    for (int i = 0; i < n; i++) out[order(i)] = x[i] * factor * weight[i];
-}
-
-void norm_rows(const Model& m, const Step& step, const vector<float>& weight, Activations& a) {
-    size_t D = weight.size();
-    #pragma omp for
-    for (int t = 0; t < step.tokens(); t++)
-        norm(&a.x[t * D], weight, m.config.norm_eps, &a.normed[t * D], paired);
-}
-
-// x = the embeddings of the step's ids; the angles of its positions.
-void embed(const Model& m, const Step& step, Activations& a) {
-    size_t D = m.config.hidden, half = m.config.inv_freq.size();
-    #pragma omp for
-    for (int t = 0; t < step.tokens(); t++) {
-        const bf16* row = m.embed.row(step.ids[t]);
-        std::transform(row, row + D, &a.x[t * D], bf16_to_float);
-        for (size_t i = 0; i < half; i++) {
-            float angle = float(step.positions[t]) * m.config.inv_freq[i];
-            a.cosine[t * half + i] = std::cos(angle);
-            a.sine[t * half + i] = std::sin(angle);
-        }
-    }
-}
-
-// qkv = norm(x) (Wq, Wk, Wv)^T + bias
-void norm_linear(const Model& m, const Layer& l, const Step& step, Activations& a) {
-    int Q = l.q.rows, K = l.k.rows, N = Q + 2 * K;
-    norm_rows(m, step, l.attn_norm, a);
-    auto row = [&](int n) {
-        return n < Q ? l.q.row(n) : n < Q + K ? l.k.row(n - Q) : l.v.row(n - Q - K);
-    };
-    auto store = [&](int t, int n, f32x8 sum) {
-        *(f32x8*)&a.qkv[size_t(t) * N + n] = sum + *(const f32x8*)&l.bias[n];
-    };
-    project(a.normed.data(), step.tokens(), l.q.cols, N, row, store);
-}
-
-// x += in W^T, in: [T, W.cols]
-void add_linear(const vector<float>& in, const Matrix& w, const Step& step, Activations& a) {
-    auto store = [&](int t, int n, f32x8 sum) { *(f32x8*)&a.x[size_t(t) * w.rows + n] += sum; };
-    project(in.data(), step.tokens(), w.cols, w.rows, [&](int n) { return w.row(n); }, store);
-}
-
-// h = silu(norm(x) Wgate^T) * (norm(x) Wup^T)
-void norm_swiglu(const Model& m, const Layer& l, const Step& step, Activations& a) {
-    size_t F = l.gate.rows;
-    norm_rows(m, step, l.mlp_norm, a);
-    auto row = [&](int n) { return (n & 4 ? l.up : l.gate).row(n / 8 * 4 + n % 4); };  // by fours
-    auto store = [&](int t, int n, f32x8 sum) {
-        f32x8 e = -sum;
-        exp8(e);
-        for (int j = 0; j < 4; j++)
-            a.h[t * F + paired(n / 2 + j)] = sum[j] / (1 + e[j]) * sum[4 + j];
-    };
-    project(a.normed.data(), step.tokens(), l.gate.cols, 2 * int(F), row, store);
-}
-
-// R queries q [R, HD] of one kv head over the first n tokens of a table: out [R, HD] =
-// softmax(q K^T / sqrt(HD)) V, paired. scores: room for R times n, rounded up to whole blocks.
-template <int R>
-NANOCU_CLONES void attend_heads(const float* q, KvMemory& kv, int layer, int head, const int* table,
-                                int n, float* scores, float* out) {
-    int HD = kv.c.head_dim, size = Cache::blocks_for(n) * kBlockSize;
-    float inverse[R], scale = 1 / std::sqrt(float(HD));
-    for (int i = 0; i < size; i += kBlockSize) {
-        const f32x8* k = (const f32x8*)kv.keys(layer, table[i / kBlockSize], head);
-        f32x8 sum[R][2] = {};
-        for (int d = 0; d < HD; d++, k += 2)
-            for (int r = 0; r < R; r++)
-                for (int j = 0; j < 2; j++) sum[r][j] += q[r * HD + d] * k[j];
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < 2; j++) *(f32x8*)(scores + r * size + i + 8 * j) = sum[r][j];
-    }
-    for (int r = 0; r < R; r++) {
-        float* p = scores + r * size;
-        std::fill(p + n, p + size, -INFINITY);  // not written yet
-        f32x8 tops = *(f32x8*)p, total = {};
-        for (int i = 8; i < size; i += 8) {
-            f32x8 more = *(f32x8*)(p + i);
-            tops = more > tops ? more : tops;
-        }
-        float top = *std::max_element((float*)&tops, (float*)&tops + 8);
-        for (int i = 0; i < size; i += 8) {
-            f32x8& e = *(f32x8*)(p + i);
-            e = (e - top) * scale;
-            exp8(e);
-            total += e;
-        }
-        inverse[r] = 1 / std::accumulate((float*)&total, (float*)&total + 8, 0.0f);
-    }
-    for (int d = 0; d < HD; d += 16) {
-        f32x8 sum[R][2] = {};
-        for (int i = 0; i < n; i++) {
-            const float* v = kv.values(layer, table[i / kBlockSize], head);
-            v += i % kBlockSize * HD + d;
-            for (int r = 0; r < R; r++)
-                for (int j = 0; j < 2; j++)
-                    sum[r][j] += scores[r * size + i] * *(const f32x8*)(v + 8 * j);
-        }
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < 16; j++)
-                out[r * HD + d + paired(j)] = ((float*)sum[r])[j] * inverse[r];
-    }
-}
-
-// Norm (Qwen3) and RoPE of one head's q or k [HD] in row t: turns the pairs (v[i], v[i + HD / 2]).
-void rotate(const Config& c, const vector<float>& weight, const Activations& a, int t, float* v) {
-    int half = c.head_dim / 2;
-    const float *cosine = &a.cosine[size_t(t) * half], *sine = &a.sine[size_t(t) * half];
-    if (!weight.empty()) norm(v, weight, c.norm_eps, v, std::identity());
-    for (int i = 0; i < half; i++) {
-        float first = v[i], second = v[i + half];
-        v[i] = first * cosine[i] - second * sine[i];
-        v[i + half] = second * cosine[i] + first * sine[i];
-    }
-}
-
-// Writes the step's keys and values into their slots, then att = attention of its queries over
-// their sequences' blocks.
-void attend(const Model& m, int layer, const Step& step, Activations& a, KvMemory& kv) {
-    const Config& c = m.config;
-    const Layer& l = m.layers[layer];
-    int H = c.heads, KV = c.kv_heads, HD = c.head_dim;
-    static decltype(attend_heads<1>)* const attend_by_rows[] = {
-        nullptr, attend_heads<1>, attend_heads<2>, attend_heads<3>, attend_heads<4>};
-    #pragma omp for
-    for (int t = 0; t < step.tokens(); t++) {
-        float *q = &a.qkv[size_t(t) * c.qkv_dim()], *k = q + c.q_dim(), *v = k + c.kv_dim();
-        int position = step.positions[t], slot = position % kBlockSize;
-        int block = step.table(t)[position / kBlockSize];
-        for (int h = 0; h < H; h++) rotate(c, l.q_norm, a, t, q + h * HD);
-        for (int h = 0; h < KV; h++, k += HD, v += HD) {
-            rotate(c, l.k_norm, a, t, k);
-            for (int d = 0; d < HD; d++) kv.keys(layer, block, h)[d * kBlockSize + slot] = k[d];
-            std::copy(v, v + HD, kv.values(layer, block, h) + slot * HD);
-        }
-    }
-    vector<float> scores(size_t(step.table_width) * kBlockSize * 4);
-    #pragma omp for schedule(dynamic) collapse(2)
-    for (int t = 0; t < step.tokens(); t++)
-        for (int head = 0; head < KV; head++)
-            for (int h = 0, rows; h < H / KV; h += rows) {
-                rows = std::min(4, H / KV - h);
-                size_t first = size_t(head) * (H / KV) + h;
-                attend_by_rows[rows](&a.qkv[size_t(t) * c.qkv_dim() + first * HD], kv, layer, head,
-                                     step.table(t), step.positions[t] + 1, scores.data(),
-                                     &a.att[(size_t(t) * H + first) * HD]);
-            }
-}
-
-// logits = norm(x) Wlm_head^T for these rows, at most kLogitRows
-void logits(const Model& m, std::span<const int> rows, Activations& a) {
-    size_t D = m.config.hidden, V = m.config.vocab;
-    #pragma omp for
-    for (size_t i = 0; i < rows.size(); i++)
-        norm(&a.x[rows[i] * D], m.final_norm, m.config.norm_eps, &a.normed[i * D], paired);
-    auto row = [&](int n) { return m.lm_head.row(std::min(n, int(V) - 1)); };
-    auto store = [&](int t, int n, f32x8 sum) {
-        std::copy_n((float*)&sum, std::min<size_t>(8, V - n), &a.logits[t * V + n]);
-    };
-    project(a.normed.data(), int(rows.size()), int(D), int(V), row, store);
-}
-
-}  // namespace cpu
-
-// =============================================================================================
-// 3. The forward pass
-// =============================================================================================
-
-// To be called by all threads, as the ops are.
-void forward(const Model& m, const Step& step, Activations& a, KvMemory& kv) {
-    cpu::embed(m, step, a);
-    for (int i = 0; i < m.config.layers; i++) {
-        const Layer& l = m.layers[i];
-        cpu::norm_linear(m, l, step, a);
-        cpu::attend(m, i, step, a, kv);
-        cpu::add_linear(a.att, l.o, step, a);
-        cpu::norm_swiglu(m, l, step, a);
-        cpu::add_linear(a.h, l.down, step, a);
-    }
-}
-
-class CpuDevice : public Device {
-public:
-    CpuDevice(const Model& m, int tokens) : model(m), act(m.config, tokens) { name = "cpu"; }
-
-    size_t block_bytes() const override { return KvMemory::block_bytes(model.config); }
-    size_t free_memory() const override { return physical_memory() / 4; }
-    void reserve(int blocks) override {
-        if (blocks * block_bytes() > physical_memory())
-            fail("--kv-memory: more than this machine has; lower it");
-        kv.emplace(model.config, blocks);
-    }
-    void wait(Step&) override {}
-    void launch(Step& step) override {
-        for (auto [from, to] : step.copies)
-            std::ranges::copy(kv->block(from), kv->block(to).begin());
-#ifndef NDEBUG  // whoever reads what is no longer there gets NaN
-        for (auto [from, to] : step.copies) std::erase(step.taken, to);
-        for (int block : step.taken) std::ranges::fill(kv->block(block), NAN);
-#endif
-        size_t V = model.config.vocab;
-        #pragma omp parallel
-        forward(model, step, act, *kv);
-        for (size_t begin = 0; begin < step.logit_rows.size(); begin += kLogitRows) {
-            auto rows = std::span(step.logit_rows).subspan(begin);
-            rows = rows.first(std::min<size_t>(rows.size(), kLogitRows));
-            #pragma omp parallel
-            {
-                cpu::logits(model, rows, act);
-                #pragma omp for schedule(dynamic)
-                for (size_t i = 0; i < step.draws.size(); i++)
-                    if (size_t row = step.draws[i].row - begin; row < rows.size())
-                        step.draws[i].resolve({&act.logits[row * V], V});
-            }
-        }
-    }
-
-private:
-    const Model& model;
-    Activations act;
-    std::optional<KvMemory> kv;
-};
-
-#ifdef __CUDACC__
-#include "docs/forks/gpu.hpp"  // CudaDevice: the same on a GPU
-#endif
-
-// =============================================================================================
-// 4. The engine: continuous batching (Yu et al. 2022) over the paged cache
+// 2. The engine: continuous batching (Yu et al. 2022) over the paged cache
 // =============================================================================================
 
 struct Request {
@@ -541,33 +159,21 @@ struct EngineOptions {
     bool prefix_cache = true;
     bool graphs = true;         // decode steps are captured (GPU)
     string device = "auto";     // or cpu, cuda, cuda:1
-    vector<string> without = {};  // chapters of the device that are turned off, or "all"
+    vector<string> without;     // chapters that are switched off; "all": all of them
 };
 
 // The device that o.device names; auto: a GPU where there is one. Fills in what o leaves to it.
-std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int context) {
-    int gpus = 0, ordinal = 0;
-    bool wanted = o.device == "cuda";
-    if (o.device.starts_with("cuda:")) {
-        const char *begin = &o.device[5], *end = begin + o.device.size() - 5;
-        wanted = std::from_chars(begin, end, ordinal).ptr == end && ordinal >= 0 && begin < end;
-    }
-    if (!wanted && o.device != "cpu" && o.device != "auto")
-        fail("--device ", o.device, ": not known; auto, cpu, cuda and cuda:1 are");
-#ifdef __CUDACC__
-    if (o.device != "cpu") gpus = cuda::count_gpus();
-#endif
-    if (wanted && ordinal >= gpus)
-        fail("--device ", o.device, ": no such GPU here, or no driver for it; use cpu");
-    if (!o.max_rows) o.max_rows = gpus ? 256 : 64;
-    if (!o.chunk) o.chunk = gpus ? 8192 : 512;
-    int64_t most = std::min<int64_t>(o.chunk, int64_t(context) * o.max_rows);  // tokens in a step
-    int tokens = std::max(o.max_rows, int(most));
-#ifdef __CUDACC__
-    if (gpus) return std::make_unique<cuda::CudaDevice>(m, ordinal, tokens, o.max_rows, o.graphs);
-#endif
-    return std::make_unique<CpuDevice>(m, tokens);
-}
+// context: most tokens of a sequence. Throws a line that says what is wrong. See the end of chapter 4.
+std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int context);
+
+// Who looks on as an engine works, where Engine::observer is set.
+struct Observer {
+    virtual ~Observer() = default;
+    virtual void scheduled(const Flight&) = 0;  // a step, about to be launched
+    virtual void collected(const Flight&) = 0;  // its ids are in; what ended has left
+    // A draw was made from logits [V], before penalties. Several threads call this.
+    virtual void drawn(const Draw&, const Drawn&, std::span<const float> logits) = 0;
+};
 
 class Engine {
 public:
@@ -742,19 +348,21 @@ private:
         int size = int(s.ids.size()), end = std::min(size, s.computed + budget);
         if (size == s.max_size) return true;  // ends with what is on its way
         if (!cache.reserve(s.table, s.computed, end, step.copies)) return false;
-        auto add_draw = [&](int sample, int position, int logprobs, int id) {
+        auto add_draw = [&](int sample, int position, int logprobs, int known) {
             int row = int(step.logit_rows.size()) - 1, part = int(flight.parts.size());
             auto ids = std::span(s.ids), output = ids.subspan(r.prompt.size());
             step.draws.push_back({row, part, sample, position, r.sampling, r.prompt, output,
-                                  logprobs, id, observer});
+                                  logprobs, known});
         };
         for (int i = s.computed; i < end; i++) {
             int scored_at = i + 1 - r.score_from;
             bool scored = scored_at >= 0 && scored_at < int(s.prompt_logprobs.size());
-            if (i + 1 == size || scored) step.logit_rows.push_back(step.tokens());
+            bool newest = i + 1 == size;  // what comes behind it is to be drawn
+            if (newest || scored) step.logit_rows.push_back(step.tokens());
             if (scored) add_draw(s.sample, i + 1, std::max(0, r.logprobs), s.ids[i + 1]);
-            for (int n = s.unforked; i + 1 == size && n >= 0; n--)  // the sequence's own comes last
-                add_draw(s.sample + n, size, r.logprobs, -1);
+            if (newest)
+                for (int n = s.unforked; n >= 0; n--)  // the sequence's own draw comes last
+                    add_draw(s.sample + n, size, r.logprobs, -1);
             step.ids.push_back(s.ids[i] < 0 ? -1 - s.draw : s.ids[i]);
             step.positions.push_back(i);
             step.sequence.push_back(int(flight.parts.size()));
@@ -765,16 +373,17 @@ private:
     }
 
     void launch(Flight& flight) {
+        flight.step->observer = observer;
+        flight.step->drawn.resize(flight.step->draws.size());
         if (observer) observer->scheduled(flight);
         device->launch(*flight.step);
         for (Part& part : flight.parts) part.sequence->computed += part.count;
-        for (int i = 0; Draw& d : flight.step->draws) {
+        for (size_t i = 0; i < flight.step->draws.size(); i++) {
+            const Draw& d = flight.step->draws[i];
             Sequence& s = *flight.parts[d.part].sequence;
-            if (d.position == int(s.ids.size()) && d.sample == s.sample) {
-                s.ids.push_back(-1);
-                s.draw = i;
-            }
-            i++;
+            if (d.position != int(s.ids.size()) || d.sample != s.sample) continue;
+            s.ids.push_back(-1);
+            s.draw = int(i);
         }
     }
 
@@ -798,22 +407,24 @@ private:
             if (full > s.published) cache.publish(s.ids, s.table, s.published, full);
             s.published = std::max(s.published, full);
         }
-        for (Draw& d : flight.step->draws) {
+        for (size_t i = 0; i < flight.step->draws.size(); i++) {
+            const Draw& d = flight.step->draws[i];
+            Drawn& drawn = flight.step->drawn[i];
             Sequence& leader = *flight.parts[d.part].sequence;
             if (leader.ended) continue;  // while this was on its way
             if (d.position < int(leader.request->prompt.size())) {
                 int from = leader.request->score_from;
-                leader.prompt_logprobs[d.position - from] = std::move(d.scores);
+                leader.prompt_logprobs[d.position - from] = std::move(drawn.scores);
                 continue;
             }
             Sequence& s = d.sample == leader.sample ? leader : fork(leader, d.sample);
             s.unforked = 0;
-            s.ids[d.position] = d.id;
-            Output out = {s.number, s.sample, d.id, s.cached};
-            bool eos = !s.request->ignore_eos && model.config.eos.count(d.id);
+            s.ids[d.position] = drawn.id;
+            Output out = {s.number, s.sample, drawn.id, s.cached};
+            bool eos = !s.request->ignore_eos && model.config.eos.count(drawn.id);
             out.finish = eos ? "stop" : d.position + 1 == s.max_size ? "length" : nullptr;
             if (out.finish) out.prompt_logprobs = s.prompt_logprobs;
-            out.logprobs = std::move(d.scores);
+            out.logprobs = std::move(drawn.scores);
             all.push_back(std::move(out));
         }
         for (const Output& out : all) if (out.finish) stop(out.request, out.sample);
@@ -825,6 +436,1475 @@ private:
     vector<int> taken;  // blocks whose contents are forgotten in this step
     int requests = 0;
 };
+
+
+// =============================================================================================
+// 3. The ops, for a team
+//    Each op is a struct: its fields are what it works on, and a call does one unit of the work (a
+//    row, say) with a team of threads: one thread on a CPU, a thread block on a GPU (sampler.hpp).
+//    Real is the type of activations, keys and values: float on a CPU, bf16 on a GPU; whatever is
+//    added up is float. kThreads: of a block. All threads of a team go through the same barriers,
+//    sums and maxima, so no thread leaves a loop early that has some of these in it.
+// =============================================================================================
+
+#ifdef __CUDA_ARCH__  // registers cannot be indexed: a loop over an array in registers is unrolled
+#define NANOCU_UNROLL_ALL _Pragma("unroll")
+#define NANOCU_UNROLL_BY_2 _Pragma("unroll 2")
+#else
+#define NANOCU_UNROLL_ALL
+#define NANOCU_UNROLL_BY_2
+#endif
+
+// N numbers that are read or written at once, from an address that is a multiple of their size.
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+    T at[N];
+};
+template <int N, class T>
+NANOCU_BOTH Pack<T, N> load(const T* from) { return *(const Pack<T, N>*)from; }
+
+template <int N, class T>
+NANOCU_BOTH void store(T* to, const float (&values)[N]) {
+    Pack<T, N> pack;
+    for (int i = 0; i < N; i++) pack.at[i] = T(values[i]);
+    *(Pack<T, N>*)to = pack;
+}
+
+// What GPUs compute in few instructions: 1 / sqrt(x), exp(x).
+NANOCU_BOTH inline float inverse_root(float x) {
+#ifdef __CUDA_ARCH__
+    return rsqrtf(x);
+#else
+    return 1 / sqrtf(x);
+#endif
+}
+NANOCU_BOTH inline float exp_fast(float x) { return exp2f(1.44269504f * x); }
+
+// How a page lies in memory. A page holds the keys, or the values, of one kv head in one block: HD
+// numbers for each of 16 slots. One slot further is so many numbers further, eight slots so many,
+// and the same for components of the head.
+struct PageLayout {
+    int slot, eight_slots, dim, eight_dims;
+
+    NANOCU_BOTH int at(int s, int d) const {
+        return s / 8 * eight_slots + s % 8 * slot + d / 8 * eight_dims + d % 8 * dim;
+    }
+    static PageLayout by_token(int head_dim) {  // [16, HD]
+        return {head_dim, 8 * head_dim, 1, 8};
+    }
+};
+
+// The sizes of a model as ops take them, and where pages are.
+struct Shape {
+    int hidden, heads, kv_heads, head_dim, intermediate, vocab, layers;
+    float norm_eps;
+    PageLayout keys, values;
+
+    Shape(const Config& c, PageLayout keys, PageLayout values)
+        : hidden(c.hidden), heads(c.heads), kv_heads(c.kv_heads), head_dim(c.head_dim),
+          intermediate(c.intermediate), vocab(c.vocab), layers(c.layers), norm_eps(c.norm_eps),
+          keys(keys), values(values) {}
+
+    NANOCU_BOTH int q_dim() const { return heads * head_dim; }
+    NANOCU_BOTH int qkv_dim() const { return (heads + 2 * kv_heads) * head_dim; }
+    NANOCU_BOTH int group() const { return heads / kv_heads; }  // query heads of a kv head
+
+    // The cache is [blocks, L, 2 (keys, values), KV] pages. Where the keys of a head are:
+    NANOCU_BOTH size_t key_page(int block, int layer, int kv_head) const {
+        size_t page = (size_t(block) * layers + layer) * 2 * kv_heads + kv_head;
+        return page * kBlockSize * head_dim;
+    }
+    NANOCU_BOTH size_t value_page(int block, int layer, int kv_head) const {
+        return key_page(block, layer, kv_head) + value_offset();
+    }
+    NANOCU_BOTH size_t value_offset() const { return size_t(kv_heads) * kBlockSize * head_dim; }
+    NANOCU_BOTH size_t block_numbers() const { return key_page(1, 0, 0); }
+};
+
+// What a draw needs to know.
+struct DrawKey {
+    Sampling sampling;
+    int row, sample, position;  // row: of the logits in memory
+};
+
+// Some rows of a step, one behind the other in one sequence, that are attended for together.
+struct Tile {
+    int row, rows;           // the first, how many
+    int position, sequence;  // of the first
+    int first, last;         // pages of the context: first .. last - 1
+    int part;                // for a chapter that cuts contexts; else -1
+};
+
+// A step's arrays as ops see them. All of them lie in one piece of memory, carved in the same way
+// on the host and on the device.
+struct StepArrays {
+    struct Header {
+        int rows, table_width, decodes, tiles;  // that there are
+    };
+    // So many are worked on: as many as there are, or more, when the step is one for any number of
+    // rows up to this (a captured graph); what is too much is passed over.
+    int rows = 0, decodes = 0, tiles = 0, draws = 0, logits = 0;
+    bool one_each = false;  // each row is a sequence's newest token, and has a draw
+    Header* header;
+    DrawKey* keys;        // [draws]
+    Tile* prompts;        // [tiles]: rows of sequences that have several in this step
+    int *ids, *positions, *sequence, *logit_rows;  // [T]
+    int* single;          // [decodes]: rows of sequences that have one, the longest context first
+    int* tables;          // [sequences, table_width]
+
+    NANOCU_BOTH const int* table(int row) const {
+        return tables + size_t(sequence[row]) * header->table_width;
+    }
+    NANOCU_BOTH int pages(int row) const { return positions[row] / kBlockSize + 1; }
+    NANOCU_BOTH Tile tile_of(int row) const {
+        return {row, 1, positions[row], sequence[row], 0, pages(row), -1};
+    }
+};
+
+// x [T, D] = the embeddings of the ids. angles [T, 2, HD / 2] = cosines and sines of the angles by
+// which RoPE turns at the rows' positions. A unit is a row.
+struct Embed {
+    static constexpr int kThreads = 128;
+    StepArrays s;
+    Shape c;
+    const int* drawn;  // ids that the host does not know yet
+    const bf16* table;
+    const float* inv_freq;
+    float *x, *angles;
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int row) const {
+        const int id = s.ids[row] < 0 ? drawn[-1 - s.ids[row]] : s.ids[row];
+        const bf16* from = table + size_t(id) * c.hidden;
+        float* to = x + size_t(row) * c.hidden;
+        for (int i = team.rank; i < c.hidden; i += team.size) to[i] = float(from[i]);
+        const int half = c.head_dim / 2;
+        float* cosines = angles + size_t(row) * 2 * half;
+        for (int i = team.rank; i < half; i += team.size) {
+            float angle = float(s.positions[row]) * inv_freq[i];
+            cosines[i] = cosf(angle);
+            cosines[half + i] = sinf(angle);
+        }
+    }
+};
+
+// RMS norm (Zhang and Sennrich 2019): out = x / sqrt(mean(x^2) + eps) * weight. A unit is a row of
+// out.
+template <class Real>
+struct Norm {
+    static constexpr int kThreads = 256;
+    Shape c;
+    const int* rows;  // which rows of x; null: the first ones
+    const float *x, *weight;
+    Real* out;
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int unit) const {
+        const int D = c.hidden;
+        const float* from = x + size_t(rows ? rows[unit] : unit) * D;
+        float squares = 0;
+        for (int i = team.rank * 4; i < D; i += team.size * 4)
+            for (float v : load<4>(from + i).at) squares += v * v;
+        const float factor = inverse_root(team.sum(squares) / float(D) + c.norm_eps);
+        for (int i = team.rank * 4; i < D; i += team.size * 4) {
+            auto v = load<4>(from + i), w = load<4>(weight + i);
+            float scaled[4];
+            for (int j = 0; j < 4; j++) scaled[j] = v.at[j] * factor * w.at[j];
+            store(out + size_t(unit) * D + i, scaled);
+        }
+    }
+};
+
+// What becomes of q, k and v between the products and attention: bias (Qwen2), the norm of each
+// head of q and k (Qwen3), RoPE (Su et al. 2021), which turns the pairs (v[i], v[i + HD / 2]). Then
+// keys and values go to their slots in the cache, queries stay. A unit is a row, or with parts > 1
+// a part of its heads. A group of lanes takes a head, each lane 4 pairs at a time.
+template <class Real>
+struct Rotate {
+    static constexpr int kThreads = 256;
+    StepArrays s;
+    Shape c;
+    int layer, parts;
+    const float *bias, *q_norm, *k_norm;  // of the layer: [(H + 2 KV) HD], [HD]; or null
+    const float* angles;
+    Real *qkv, *kv;
+
+    // Lanes of a head: a power of two, so that 4 pairs each are enough for most.
+    static NANOCU_BOTH int lanes_of(int head_dim) {
+        return head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32;
+    }
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int unit) const {
+        auto lanes = team.group(lanes_of(c.head_dim));
+        const int row = unit / parts, heads = c.heads + 2 * c.kv_heads;
+        if (row >= s.header->rows) return;
+        const int position = s.positions[row], block = s.table(row)[position / kBlockSize];
+        for (int first = unit % parts * lanes.count; first < heads; first += parts * lanes.count)
+            rotate_head(lanes, row, first + lanes.index, block, position % kBlockSize);
+    }
+
+    template <class Group>
+    NANOCU_BOTH void rotate_head(Group& lanes, int row, int head, int block, int slot) const {
+        const int HD = c.head_dim, half = HD / 2, H = c.heads, KV = c.kv_heads;
+        const bool query = head < H, value = head >= H + KV, inside = head < H + 2 * KV;
+        const float* weight = query ? q_norm : k_norm;
+        Real* v = qkv + size_t(row) * c.qkv_dim() + size_t(head) * HD;
+        float squares = 0, factor = 1, four[4];
+        for (int i = lanes.rank * 4; weight && inside && i < HD; i += lanes.size * 4) {
+            read(v, head, i, four);
+            for (float x : four) squares += x * x;
+        }
+        if (weight) factor = inverse_root(lanes.sum(squares) / float(HD) + c.norm_eps);
+        for (int i = lanes.rank * 4; inside && i < half; i += lanes.size * 4) {
+            float a[4], b[4];
+            read(v, head, i, a), read(v, head, i + half, b);
+            if (!value) turn(row, i, weight, factor, a, b);
+            if (query) {
+                store(v + i, a), store(v + i + half, b);
+                continue;
+            }
+            const PageLayout& layout = value ? c.values : c.keys;
+            Real* page = kv + (value ? c.value_page(block, layer, head - H - KV)
+                                     : c.key_page(block, layer, head - H));
+            put(page, layout, slot, i, a), put(page, layout, slot, i + half, b);
+        }
+    }
+
+private:
+    NANOCU_BOTH void read(const Real* v, int head, int i, float (&to)[4]) const {
+        auto four = load<4>(v + i);
+        for (int j = 0; j < 4; j++)
+            to[j] = float(four.at[j]) + (bias ? bias[head * c.head_dim + i + j] : 0);
+    }
+    NANOCU_BOTH void turn(int row, int i, const float* weight, float factor, float (&a)[4],
+                          float (&b)[4]) const {
+        const int half = c.head_dim / 2;
+        const float* cosines = angles + size_t(row) * 2 * half;
+        auto cosine = load<4>(cosines + i), sine = load<4>(cosines + half + i);
+        for (int j = 0; j < 4; j++) {
+            float x = a[j], y = b[j];
+            if (weight) x *= factor * weight[i + j], y *= factor * weight[i + j + half];
+            a[j] = x * cosine.at[j] - y * sine.at[j];
+            b[j] = y * cosine.at[j] + x * sine.at[j];
+        }
+    }
+    static NANOCU_BOTH void put(Real* page, const PageLayout& layout, int slot, int d,
+                                const float (&four)[4]) {
+        if (layout.dim == 1) return store(page + layout.at(slot, d), four);
+        for (int j = 0; j < 4; j++) page[layout.at(slot, d + j)] = Real(four[j]);
+    }
+};
+
+// Attention (Vaswani et al. 2017) as it is defined, for a team of one: of the query heads that
+// share a kv head, over all tokens up to their own. att = softmax(q K^T / sqrt(HD)) V. A unit is a
+// row and a kv head.
+template <class Real>
+struct AttendAlone {
+    StepArrays s;
+    Shape c;
+    int layer;
+    const Real *qkv, *kv;
+    Real* att;  // [T, H HD]
+
+    size_t scratch() const { return size_t(s.header->table_width) * kBlockSize * sizeof(float); }
+
+    template <class Team>
+    void operator()(Team& team, int unit) const {
+        const int row = unit / c.kv_heads, kv_head = unit % c.kv_heads, HD = c.head_dim;
+        const int tokens = s.positions[row] + 1, first = kv_head * c.group();
+        const int* table = s.table(row);
+        float* scores = (float*)team.scratch;
+        for (int head = first; head < first + c.group(); head++) {
+            const Real* q = qkv + size_t(row) * c.qkv_dim() + size_t(head) * HD;
+            float top = -INFINITY, total = 0;
+            for (int t = 0; t < tokens; t++) {
+                const Real* k = kv + c.key_page(table[t / kBlockSize], layer, kv_head);
+                float score = 0;
+                for (int d = 0; d < HD; d++)
+                    score += float(q[d]) * float(k[c.keys.at(t % kBlockSize, d)]);
+                scores[t] = score / sqrtf(float(HD));
+                top = std::max(top, scores[t]);
+            }
+            vector<float> sum(HD);
+            for (int t = 0; t < tokens; t++) {
+                const Real* v = kv + c.value_page(table[t / kBlockSize], layer, kv_head);
+                const float weight = expf(scores[t] - top);
+                total += weight;
+                for (int d = 0; d < HD; d++)
+                    sum[d] += weight * float(v[c.values.at(t % kBlockSize, d)]);
+            }
+            Real* to = att + (size_t(row) * c.heads + head) * HD;
+            for (int d = 0; d < HD; d++) to[d] = Real(sum[d] / total);
+        }
+    }
+};
+
+constexpr int kMostQueries = 4;  // of a unit of the op below: more would not fit into registers
+
+// Rows of a prompt that make a tile for it: so many queries of a kv head, or one row's.
+NANOCU_BOTH inline int tile_rows_of(const Shape& c) {
+    return c.group() < kMostQueries ? kMostQueries / c.group() : 1;
+}
+
+// The same for a team of many threads, where scores of long contexts have no room. A group of
+// lanes takes a token, each lane 8 components of its key and value (so layouts must have these side
+// by side), which serve all queries of the unit: the query heads of a kv head, in several rows of a
+// prompt. Softmax is done as tokens come (Milakov, Gimelshein 2018): each group keeps, of each
+// query, the largest score, the sum of exp(score - largest), and the sum of the values weighted so.
+//
+//   tokens   0 1 2 3 | 4 5 6 7 | ...        four groups: group g takes tokens g, g + 4, g + 8, ...
+//   group    0 1 2 3 | 0 1 2 3 | ...        then their results become one, in scratch
+//
+// A unit is some queries of a tile with a kv head, and with parts > 1 a part of the context. A part
+// writes its result to partial, and MergeParts makes one of them: the same sums as for groups.
+template <class Real, int kLanes, int kQueries>
+struct Attend {
+    static constexpr int kThreads = 256;
+    StepArrays s;
+    Shape c;
+    int layer, parts;
+    bool of_prompts;        // the tiles are s.prompts; else each row of s.single is one
+    const Real *qkv, *kv;
+    float* partial;         // [tiles, H, parts, HD + 2]: values, largest score, sum; rows of one
+    Real* att;              // [T, H HD]
+
+    static constexpr size_t scratch(int head_dim) {
+        return kThreads / kLanes * (2 * kQueries + head_dim) * sizeof(float);
+    }
+    // How often the units of a tile cut its queries.
+    static NANOCU_BOTH int chunks(int queries) { return (queries + kQueries - 1) / kQueries; }
+
+    // Of a query, what a group has seen so far; of the values, 8 components of a lane.
+    struct State {
+        float q[8], top = -1e30f, total = 0, values[8] = {};
+        int seen = 0;  // tokens that the query sees
+    };
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int unit) const {
+        const int at = unit / parts / c.kv_heads, part = unit % parts;
+        const int kv_head = unit / parts % c.kv_heads, per_tile = of_prompts ? tile_rows_of(c) : 1;
+        const int cuts = chunks(per_tile * c.group()), i = at / cuts;
+        if (i >= (of_prompts ? s.header->tiles : s.header->decodes)) return;
+        const Tile tile = of_prompts ? s.prompts[i] : s.tile_of(s.single[i]);
+        const int pages = tile.last, each = pages_each(pages, parts);
+        const int first = part * each, last = first + each < pages ? first + each : pages;
+        const int query = at % cuts * kQueries;  // the first, of tile.rows * G
+        if (first >= pages || query >= tile.rows * c.group()) return;
+        State state[kQueries];
+        auto lanes = team.group(kLanes);
+        load_queries(lanes.rank, tile, kv_head, query, state);
+        see_tokens(lanes, tile, kv_head, first * kBlockSize, last * kBlockSize, state);
+        NANOCU_UNROLL_ALL
+        for (int j = 0; j < kQueries; j++) {
+            if (query + j >= tile.rows * c.group()) continue;
+            const int row = tile.row + (query + j) / c.group();
+            const int head = kv_head * c.group() + (query + j) % c.group();
+            merge_groups(team, lanes, state[j], j, [&](int d, float value, float top, float sum) {
+                if (each >= pages) {
+                    att[(size_t(row) * c.heads + head) * c.head_dim + d] = Real(value / sum);
+                    return;
+                }
+                const size_t place = (size_t(i) * c.heads + head) * parts + part;
+                float* to = partial + place * (c.head_dim + 2);
+                to[d] = value;
+                if (d == 0) to[c.head_dim] = top, to[c.head_dim + 1] = sum;
+            });
+        }
+    }
+
+    // Pages of a part.
+    static NANOCU_BOTH int pages_each(int pages, int parts) { return (pages + parts - 1) / parts; }
+
+private:
+    // Scores come out as exponents of 2, because that is what GPUs compute.
+    NANOCU_BOTH void load_queries(int lane, const Tile& tile, int kv_head, int query,
+                                  State (&state)[kQueries]) const {
+        const float scale = 1.44269504f * inverse_root(float(c.head_dim));
+        NANOCU_UNROLL_ALL
+        for (int j = 0; j < kQueries; j++) {
+            const int n = query + j, row = tile.row + n / c.group();
+            const bool inside = n < tile.rows * c.group();
+            const int head = kv_head * c.group() + n % c.group();
+            state[j].seen = inside ? tile.position + n / c.group() + 1 : 0;
+            Pack<Real, 8> q = {};
+            if (inside && lane * 8 < c.head_dim)
+                q = load<8>(qkv + size_t(row) * c.qkv_dim() + head * c.head_dim + lane * 8);
+            for (int d = 0; d < 8; d++) state[j].q[d] = float(q.at[d]) * scale;
+        }
+    }
+
+    template <class Group>
+    NANOCU_BOTH void see_tokens(Group& lanes, const Tile& tile, int kv_head, int begin, int end,
+                                State (&state)[kQueries]) const {
+        const int* table = s.tables + size_t(tile.sequence) * s.header->table_width;
+        const int tokens = tile.position + tile.rows, last = (end < tokens ? end : tokens) - 1;
+        const Real *keys = kv + c.key_page(0, layer, kv_head), *values = keys + c.value_offset();
+        // lanes behind the end of a head read its beginning, which counts nothing: their q is 0
+        const int d = lanes.rank * 8 < c.head_dim ? lanes.rank * 8 : 0;
+        NANOCU_UNROLL_BY_2
+        for (int from = begin; from <= last; from += lanes.count) {
+            const int t = from + lanes.index, token = t < last ? t : last;
+            const int slot = token % kBlockSize;
+            const size_t block = table[token / kBlockSize] * c.block_numbers();
+            const auto key = load<8>(keys + block + c.keys.at(slot, d));
+            const auto value = load<8>(values + block + c.values.at(slot, d));
+            NANOCU_UNROLL_ALL
+            for (int j = 0; j < kQueries; j++)
+                see_token(lanes, key, value, t <= last && t < state[j].seen, state[j]);
+        }
+    }
+
+    template <class Group>
+    static NANOCU_BOTH void see_token(Group& lanes, const Pack<Real, 8>& key,
+                                      const Pack<Real, 8>& value, bool sees, State& q) {
+        float score = 0;
+        for (int d = 0; d < 8; d++) score += q.q[d] * float(key.at[d]);
+        score = lanes.sum(score);
+        if (!sees) score = -1e30f;
+        const float top = fmaxf(q.top, score), keep = exp2f(q.top - top);
+        const float weight = sees ? exp2f(score - top) : 0;
+        q.top = top;
+        q.total = q.total * keep + weight;
+        for (int d = 0; d < 8; d++) q.values[d] = q.values[d] * keep + weight * float(value.at[d]);
+    }
+
+    // One result from those of the groups for query j; calls put(d, value, top, sum) for each d.
+    template <class Team, class Group>
+    NANOCU_BOTH void merge_groups(Team& team, Group& lanes, const State& q, int j, auto put) const {
+        const int HD = c.head_dim, groups = lanes.count, d = lanes.rank * 8;
+        float *tops = (float*)team.scratch + 2 * j * groups, *totals = tops + groups;
+        float* values = (float*)team.scratch + 2 * kQueries * groups;  // [groups, HD], for one query
+        if (lanes.rank == 0) tops[lanes.index] = q.top, totals[lanes.index] = q.total;
+        team.barrier();
+        float top = -1e30f, sum = 0;
+        for (int g = 0; g < groups; g++) top = fmaxf(top, tops[g]);
+        for (int g = 0; g < groups; g++) sum += totals[g] * exp2f(tops[g] - top);
+        const float factor = exp2f(q.top - top);
+        for (int i = 0; i < 8 && d < HD; i++) values[lanes.index * HD + d + i] = q.values[i] * factor;
+        team.barrier();
+        for (int i = team.rank; i < HD; i += team.size) {
+            float value = 0;
+            for (int g = 0; g < groups; g++) value += values[g * HD + i];
+            put(i, value, top, sum);
+        }
+        team.barrier();  // before values are written again
+    }
+};
+
+// Makes one result of the parts of a context that Attend has left in partial. A unit is a row of
+// s.single and a query head.
+template <class Real>
+struct MergeParts {
+    static constexpr int kThreads = 128;
+    StepArrays s;
+    Shape c;
+    int parts;
+    const float* partial;
+    Real* att;
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int unit) const {
+        if (unit / c.heads >= s.header->decodes) return;
+        const int row = s.single[unit / c.heads], HD = c.head_dim, pages = s.pages(row);
+        const int each = (pages + parts - 1) / parts, used = (pages + each - 1) / each;
+        if (used == 1) return;  // Attend has written it
+        const float* from = partial + size_t(unit) * parts * (HD + 2);
+        auto part = [&](int p) { return from + p * (HD + 2); };
+        float top = -1e30f, sum = 0;
+        for (int p = 0; p < used; p++) top = fmaxf(top, part(p)[HD]);
+        for (int p = 0; p < used; p++) sum += part(p)[HD + 1] * exp2f(part(p)[HD] - top);
+        for (int d = team.rank; d < HD; d += team.size) {
+            float value = 0;
+            for (int p = 0; p < used; p++) value += part(p)[d] * exp2f(part(p)[HD] - top);
+            att[(size_t(row) * c.heads + unit % c.heads) * HD + d] = Real(value / sum);
+        }
+    }
+};
+
+// SwiGLU (Shazeer 2020): h [T, F] = silu(gate) * up, of gate_up [T, 2 F]. A unit is a row, or with
+// parts > 1 a part of it.
+template <class Real>
+struct Activate {
+    static constexpr int kThreads = 256;
+    Shape c;
+    int parts;
+    const Real* gate_up;
+    Real* h;
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int unit) const {
+        const int F = c.intermediate, row = unit / parts;
+        const Real* from = gate_up + size_t(row) * 2 * F;
+        for (int i = (unit % parts * team.size + team.rank) * 4; i < F; i += parts * team.size * 4) {
+            auto gate = load<4>(from + i), up = load<4>(from + F + i);
+            float out[4];
+            for (int j = 0; j < 4; j++) {
+                float g = float(gate.at[j]);
+                out[j] = g / (1 + exp_fast(-g)) * float(up.at[j]);
+            }
+            store(h + size_t(row) * F + i, out);
+        }
+    }
+};
+
+// The draws of a step, from logits [rows, V]. A unit is a draw.
+struct DrawIds {
+    static constexpr int kThreads = 1024;
+    const DrawKey* keys;
+    const float* logits;
+    int V;
+    int *drawn, *host;  // [draws]: for the next step; for the host to read
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int i) const {
+        const DrawKey& key = keys[i];
+        const float* row = logits + size_t(key.row) * V;
+        int id = draw_id(team, row, V, key.sampling, key.sample, key.position);
+        if (id >= 0) drawn[i] = host[i] = id;  // one thread has it
+    }
+};
+
+// Penalties, as apply_penalties does them. A unit is 256 entries of a list.
+struct Penalize {
+    struct Entry {
+        int row, id, count;  // count: how often the id is in the output
+        Sampling sampling;
+    };
+    static constexpr int kThreads = 256;
+    const Entry* list;
+    int count, V;
+    float* logits;
+
+    template <class Team>
+    NANOCU_BOTH void operator()(Team& team, int unit) const {
+        for (int i = unit * 256 + team.rank; i < count && i < unit * 256 + 256; i += team.size)
+            penalize(logits[size_t(list[i].row) * V + list[i].id], list[i].sampling, list[i].count);
+    }
+};
+
+// =============================================================================================
+// 4. The forward pass, on a CPU and on a GPU
+// =============================================================================================
+
+// A pointer, or a handle that is one, and its owner: destroy gives back what it stands for.
+template <class Pointer, auto destroy>
+class Owned {
+public:
+    Owned(Pointer pointer = nullptr) : pointer(pointer) {}
+    Owned(Owned&& other) noexcept : pointer(std::exchange(other.pointer, nullptr)) {}
+    Owned& operator=(Owned other) noexcept {
+        std::swap(pointer, other.pointer);
+        return *this;
+    }
+    ~Owned() {
+        if (pointer) destroy(pointer);
+    }
+    operator Pointer() const { return pointer; }
+
+private:
+    Pointer pointer;
+};
+
+// Lays arrays one behind the other, each at a multiple of 16 bytes.
+struct Carver {
+    uintptr_t at;
+
+    template <class T>
+    void take(T*& array, size_t count) {
+        array = (T*)at;
+        at += (count * sizeof(T) + 15) / 16 * 16;
+    }
+};
+
+// What is asked of a device when it is made.
+struct DeviceOptions {
+    int tokens, rows;  // most in a step; most sequences in one
+    int ordinal;       // which GPU
+    bool graphs;
+    vector<string> without;  // chapters
+};
+
+// The matrices of a layer, those that have the same input stacked; and the last of all, [V, D].
+enum Product { kQkv, kO, kGateUp, kDown, kLmHead };
+
+// The forward pass of a step in ops that can be overridden. Kind is what runs them, Cpu or Cuda: it
+// gives memory (make, to_device), runs the ops of chapter 3 (run), and multiplies (multiply).
+template <class Kind>
+class Forward : public Kind {
+public:
+    using Real = typename Kind::Real;
+    using Kind::run, Kind::multiply;
+
+    Forward(const Model& m, const DeviceOptions& o, PageLayout keys, PageLayout values)
+        : Kind(m, o), model(m), c(m.config, keys, values), without(o.without) {
+        const size_t T = std::max(o.tokens, Kind::kLogitRows), D = c.hidden;
+        x = make<float>(T * D), normed = make<Real>(T * D);
+        qkv = make<Real>(T * c.qkv_dim()), att = make<Real>(T * c.q_dim());
+        gate_up = make<Real>(T * 2 * c.intermediate), h = make<Real>(T * c.intermediate);
+        angles = make<float>(T * c.head_dim);
+        logits = make<float>(size_t(Kind::kLogitRows) * c.vocab);
+        max_draws = std::max<size_t>(T, o.rows);
+        drawn = make<int>(max_draws);
+        attn_norms = stack(&Layer::attn_norm), mlp_norms = stack(&Layer::mlp_norm);
+        q_norms = stack(&Layer::q_norm), k_norms = stack(&Layer::k_norm);
+        if (m.config.type == "qwen2") biases = stack(&Layer::bias);
+        final_norm = Kind::to_device(m.final_norm);
+        inv_freq = Kind::to_device(m.config.inv_freq);
+        for (const char* op : {"embed", "norm_linear", "rotate", "attend prompts", "attend decodes",
+                               "add_linear", "mlp", "draw", "decode_step"})
+            this->served[op] = "nano.cu";
+        this->served["decode_step"] = "op by op";
+    }
+
+    size_t block_bytes() const override { return c.block_numbers() * sizeof(Real); }
+
+protected:
+    template <class T>
+    using Array = typename Kind::template Array<T>;
+
+    template <class T>
+    Array<T> make(size_t count) { return Kind::template make<T>(count); }
+
+    // A vector of each layer, one behind the other; null if the model has none.
+    Array<float> stack(vector<float> Layer::* member) {
+        vector<float> all;
+        for (const Layer& l : model.layers)
+            all.insert(all.end(), (l.*member).begin(), (l.*member).end());
+        return all.empty() ? nullptr : Kind::to_device(all);
+    }
+
+    // For the constructor of a chapter: whether it is switched on, and can do its part (why_not is
+    // empty). ops: what it then serves, and when.
+    bool switched_on(const string& name, const string& why_not,
+                     std::initializer_list<const char*> ops, const string& when) {
+        this->chapters.push_back(name);
+        auto off = [&](const string& other) { return other == name || other == "all"; };
+        if (std::ranges::any_of(without, off)) return false;
+        if (!why_not.empty())
+            this->note += (this->note.empty() ? "" : "; ") + name + " is off: " + why_not;
+        for (const char* op : ops)
+            if (string& by = this->served[op]; why_not.empty())
+                by = name + (when.empty() ? "" : when + ", else " + by);
+        return why_not.empty();
+    }
+
+    // ----- The ops. On a CPU all threads call them, and leave them together.
+
+    virtual void embed(const StepArrays& s) {
+        run(s.rows, Embed{s, c, drawn, Kind::embedding(), inv_freq, x, angles});
+    }
+
+    // qkv, gate_up or logits = norm of x, times the matrix. rows: which rows of x; null: the first.
+    virtual void norm_linear(Product p, int layer, const int* rows, int count) {
+        run(count, Norm<Real>{c, rows, x, norm_weight(p, layer), normed});
+        if (p == kLmHead) multiply(p, layer, normed, (float*)logits, count);
+        else multiply(p, layer, normed, p == kQkv ? (Real*)qkv : (Real*)gate_up, count);
+    }
+
+    virtual void rotate(const StepArrays& s, int layer) {
+        const int per_block = Rotate<Real>::kThreads / Rotate<Real>::lanes_of(c.head_dim);
+        const int parts = s.rows > 256 ? 1 : (c.heads + 2 * c.kv_heads + per_block - 1) / per_block;
+        run(s.rows * parts, Rotate<Real>{s, c, layer, parts, of_layer(biases, layer, c.qkv_dim()),
+                                         of_layer(q_norms, layer, c.head_dim),
+                                         of_layer(k_norms, layer, c.head_dim), angles, qkv, kv});
+    }
+
+    // att = attention of the step's queries, over what the cache has of their sequences by now.
+    virtual void attend(const StepArrays& s, int layer) = 0;
+
+    // x += att or h, times the matrix.
+    virtual void add_linear(const StepArrays& s, Product p, int layer) {
+        multiply(p, layer, p == kO ? (Real*)att : (Real*)h, (float*)x, s.rows, true);
+    }
+
+    // The feed-forward block: x += down(silu(gate(norm(x))) * up(norm(x))).
+    virtual void mlp(const StepArrays& s, int layer) {
+        norm_swiglu(s, layer);
+        add_linear(s, kDown, layer);
+    }
+    virtual void norm_swiglu(const StepArrays& s, int layer) {
+        norm_linear(kGateUp, layer, nullptr, s.rows);
+        const int parts = (c.intermediate + 1023) / 1024;
+        run(s.rows * parts, Activate<Real>{c, parts, gate_up, h});
+    }
+
+    // A whole step of sequences with one row each, from their ids to their logits; false: not done.
+    virtual bool decode_step(const StepArrays&) { return false; }
+
+    void forward(const StepArrays& s) {
+        embed(s);
+        for (int layer = 0; layer < c.layers; layer++) {
+            norm_linear(kQkv, layer, nullptr, s.rows);
+            rotate(s, layer);
+            attend(s, layer);
+            add_linear(s, kO, layer);
+            mlp(s, layer);
+        }
+    }
+
+    // ----- A step's arrays, in the host's memory or in the device's.
+
+    // Where they lie behind at. Chapters add their own.
+    virtual void carve(Carver& carver, StepArrays& s) {
+        carver.take(s.header, 1), carver.take(s.keys, s.draws), carver.take(s.prompts, s.rows);
+        for (int** array : {&s.ids, &s.positions, &s.sequence, &s.logit_rows, &s.single})
+            carver.take(*array, s.rows);
+    }
+
+    // How many bytes a step can take, with all its block tables.
+    size_t array_bytes(const DeviceOptions& o) {
+        StepArrays s;
+        s.rows = std::max(o.tokens, Kind::kLogitRows), s.draws = int(max_draws);
+        Carver carver = {0};
+        carve(carver, s);
+        size_t width = model.config.context / kBlockSize + 1;
+        return carver.at + o.rows * width * sizeof(int);
+    }
+
+    // Puts a step where s lies, which is the host's memory. Rows that the step has not get the id 0.
+    void fill(StepArrays& s, const Step& step) {
+        *s.header = {step.tokens(), step.table_width, 0, 0};
+        std::ranges::copy(step.ids, s.ids);
+        std::ranges::copy(step.positions, s.positions);
+        std::ranges::copy(step.sequence, s.sequence);
+        std::ranges::copy(step.logit_rows, s.logit_rows);
+        std::ranges::copy(step.tables, s.tables);
+        for (int i = step.tokens(); i < s.rows; i++) s.ids[i] = s.positions[i] = 0;
+        for (int i = int(step.logit_rows.size()); i < s.rows; i++) s.logit_rows[i] = 0;
+        plan(s, step);
+    }
+
+    // Which rows are attended for alone, and which together.
+    virtual void plan(StepArrays& s, const Step& step) {
+        for (int begin = 0, end; begin < step.tokens(); begin = end) {
+            for (end = begin + 1; end < step.tokens(); end++)
+                if (step.sequence[end] != step.sequence[begin]) break;
+            if (end - begin == 1) s.single[s.header->decodes++] = begin;
+            else add_tiles(s, begin, end);
+        }
+        auto context = [&](int row) { return step.positions[row]; };
+        std::ranges::sort(s.single, s.single + s.header->decodes, std::greater(), context);
+        s.decodes = s.header->decodes, s.tiles = s.header->tiles;
+    }
+    void add_tiles(StepArrays& s, int begin, int end) {
+        for (int last = end, first; last > begin; last = first) {  // the longest context first
+            first = std::max(begin, last - tile_rows());
+            s.prompts[s.header->tiles++] = {first, last - first, s.positions[first],
+                                            s.sequence[first], 0, s.pages(last - 1), -1};
+        }
+    }
+    virtual int tile_rows() const { return tile_rows_of(c); }
+
+    const float* norm_weight(Product p, int layer) const {
+        if (p == kLmHead) return final_norm;
+        return (p == kQkv ? attn_norms : mlp_norms) + size_t(layer) * c.hidden;
+    }
+    static const float* of_layer(const float* all, int layer, size_t count) {
+        return all ? all + layer * count : nullptr;
+    }
+
+    const Model& model;
+    const Shape c;
+    const vector<string> without;
+    size_t max_draws;
+    Array<float> x;                 // [T, D], the residual stream
+    Array<Real> normed, qkv, att;   // [T, D], [T, (H + 2 KV) HD], [T, H HD]
+    Array<Real> gate_up, h;         // [T, 2 F], [T, F]
+    Array<float> angles, logits;    // [T, 2, HD / 2], [kLogitRows, V]
+    Array<int> drawn;               // [max_draws], the last step's ids
+    Array<float> attn_norms, mlp_norms, q_norms, k_norms, biases;  // [L, ...]
+    Array<float> final_norm, inv_freq;                             // [D], [HD / 2]
+    Array<Real> kv;                 // the cache
+};
+
+// ----- CPU: bf16 weights, float everything else; OpenMP's threads.
+
+// The sums over k of x[r][k] * w[k] for some rows of x [R, K]: each is 16 sums side by side, as
+// compilers keep them in vector registers, so the bits of a row are the same in any company.
+template <int R>
+void dot_rows(const float* x, const float* w, int K, float sums[R]) {
+    float lanes[R][16] = {};
+    for (int k = 0; k < K; k += 16)
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < 16; i++) lanes[r][i] += x[size_t(r) * K + k + i] * w[k + i];
+    for (int r = 0; r < R; r++) sums[r] = std::accumulate(lanes[r], lanes[r] + 16, 0.0f);
+}
+
+// Copies bf16 numbers as floats.
+inline void widen(const bf16* from, int count, float* to) {
+    for (int i = 0; i < count; i++) to[i] = float(from[i]);
+}
+
+class Cpu : public Device {
+protected:
+    using Team = OneThread;
+    using Real = float;
+    static constexpr int kLogitRows = 64;  // rows whose logits are in memory at a time
+
+    Cpu(const Model& m, const DeviceOptions&) : weights(m) { name = "cpu"; }
+
+    template <class T>
+    using Array = Owned<T*, std::free>;
+
+    // Zeros; memory is real only once it is touched.
+    template <class T>
+    static Array<T> make(size_t count) {
+        auto memory = (T*)calloc(std::max<size_t>(count, 1), sizeof(T));
+        if (!memory) fail("memory: ", count * sizeof(T) >> 20, " MiB are too much for this machine");
+        return memory;
+    }
+    static Array<float> to_device(const vector<float>& values) {
+        Array<float> copy = make<float>(values.size());
+        std::ranges::copy(values, (float*)copy);
+        return copy;
+    }
+
+    // Runs an op for all units; all threads call this.
+    template <class Op>
+    static void run(int units, const Op& op) {
+        vector<float> memory;
+        if constexpr (requires { op.scratch(); }) memory.resize(op.scratch() / sizeof(float));
+        #pragma omp for schedule(dynamic)
+        for (int i = 0; i < units; i++) {
+            OneThread team;
+            team.scratch = (char*)memory.data();
+            op(team, i);
+        }
+    }
+
+    const bf16* embedding() const { return weights.embed.data; }
+
+    // y [T, N] = x [T, K] w^T, or +=. A row of weights is widened once for all rows of x.
+    void multiply(Product p, int layer, const float* x, float* y, int T, bool add = false) const {
+        const vector<Matrix> matrices = matrices_of(p, layer);
+        const int K = matrices[0].cols;
+        int N = 0, first = 0;
+        for (const Matrix& w : matrices) N += w.rows;
+        vector<float> wide(K);
+        for (const Matrix& w : matrices) {
+            #pragma omp for schedule(static) nowait
+            for (int n = 0; n < w.rows; n++) {
+                widen(w.row(n), K, wide.data());
+                for (int t = 0, rows; t < T; t += rows) {
+                    float sums[4];
+                    rows = T - t >= 4 ? 4 : 1;
+                    auto dots = rows == 4 ? dot_rows<4> : dot_rows<1>;
+                    dots(x + size_t(t) * K, wide.data(), K, sums);
+                    for (int r = 0; r < rows; r++) {
+                        float& to = y[size_t(t + r) * N + first + n];
+                        to = add ? to + sums[r] : sums[r];
+                    }
+                }
+            }
+            first += w.rows;
+        }
+        #pragma omp barrier
+    }
+
+    vector<Matrix> matrices_of(Product p, int layer) const {
+        if (p == kLmHead) return {weights.lm_head};
+        const Layer& l = weights.layers[layer];
+        if (p == kQkv) return {l.q, l.k, l.v};
+        if (p == kGateUp) return {l.gate, l.up};
+        return {p == kO ? l.o : l.down};
+    }
+
+    const Model& weights;
+};
+
+// Draws or scores the id that d asks for, from its row of logits [V]; drawn: where it goes, with an
+// id if there is one already. Several threads call this.
+void resolve(const Step& step, const Draw& d, std::span<const float> logits, Drawn& drawn) {
+    if (d.known >= 0) drawn.id = d.known;
+    if (drawn.id < 0) {
+        vector<float> penalized;
+        if (d.sampling.has_penalties()) {
+            penalized.assign(logits.begin(), logits.end());
+            apply_penalties(penalized, d.sampling, d.prompt, d.output);
+        }
+        drawn.id = sample_id(penalized.empty() ? logits : penalized, d.sampling, d.sample,
+                             d.position);
+    }
+    if (d.logprobs >= 0) drawn.scores = log_probabilities(logits, drawn.id, d.logprobs);
+    if (step.observer) step.observer->drawn(d, drawn, logits);
+}
+
+class CpuDevice : public Forward<Cpu> {
+public:
+    CpuDevice(const Model& m, const DeviceOptions& o, PageLayout keys, PageLayout values)
+        : Forward<Cpu>(m, o, keys, values), options(o) {}
+
+    size_t free_memory() const override { return physical_memory() / 4; }
+    void reserve(int blocks) override {
+        if (blocks * block_bytes() > physical_memory())
+            fail("--kv-memory: more than this machine has; lower it");
+        kv = make<float>(blocks * c.block_numbers());
+        arrays = make<char>(array_bytes(options));
+    }
+
+    void launch(Step& step) override {
+        for (auto [from, to] : step.copies)
+            std::copy_n(kv + from * c.block_numbers(), c.block_numbers(),
+                        kv + to * c.block_numbers());
+#ifndef NDEBUG  // whoever reads what is no longer there gets NaN
+        for (auto [from, to] : step.copies) std::erase(step.taken, to);
+        for (int block : step.taken)
+            std::fill_n(kv + block * c.block_numbers(), c.block_numbers(), NAN);
+#endif
+        StepArrays s;
+        s.rows = step.tokens();
+        s.logits = int(step.logit_rows.size());
+        Carver carver = {uintptr_t((char*)arrays)};
+        carve(carver, s);
+        s.tables = (int*)carver.at;
+        fill(s, step);
+        #pragma omp parallel
+        if (!decode_step(s)) forward(s);
+        for (int begin = 0; begin < s.logits; begin += kLogitRows) {
+            const int count = std::min(kLogitRows, s.logits - begin);
+            #pragma omp parallel
+            {
+                norm_linear(kLmHead, 0, s.logit_rows + begin, count);
+                #pragma omp for schedule(dynamic)
+                for (size_t i = 0; i < step.draws.size(); i++) {
+                    const Draw& d = step.draws[i];
+                    const float* row = logits + size_t(d.row % kLogitRows) * c.vocab;
+                    if (d.row / kLogitRows == begin / kLogitRows)
+                        resolve(step, d, {row, size_t(c.vocab)}, step.drawn[i]);
+                }
+            }
+        }
+    }
+    void wait(Step&) override {}
+
+protected:
+    void attend(const StepArrays& s, int layer) override {
+        run(s.rows * c.kv_heads, AttendAlone<float>{s, c, layer, qkv, kv, att});
+    }
+
+private:
+    const DeviceOptions options;
+    Array<char> arrays;
+};
+
+
+// ----- GPU: weights, activations, keys and values in bf16, sums and the residual stream in float.
+
+#ifdef __CUDACC__
+
+void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) fail("CUDA: ", what, ": ", cudaGetErrorString(error));
+}
+
+// GPUs in this machine; a driver too old for this build is an error.
+int count_gpus() {
+    int gpus = 0, driver = 0;
+    cudaError_t error = cudaGetDeviceCount(&gpus);
+    cudaDriverGetVersion(&driver);  // 0: there is none
+    if (error == cudaErrorInsufficientDriver && driver > 0)
+        fail("GPU: its driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10,
+             ", this build needs ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10,
+             "; update the driver, or use --device cpu");
+    return error == cudaSuccess ? gpus : 0;
+}
+
+// Until the kernel before this one has written its results; before that, nothing of them is read.
+// The kernel behind this one may be set up meanwhile (programmatic dependent launch, Hopper).
+__device__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The one kernel that runs all ops of chapter 3: a block for each unit.
+template <class Op>
+__global__ void __launch_bounds__(Op::kThreads) on_blocks(const __grid_constant__ Op op) {
+    extern __shared__ __align__(16) char block_scratch[];
+    wait_for_previous();
+    Block team(block_scratch);
+    op(team, int(blockIdx.x));
+}
+
+class Cuda : public Device {
+protected:
+    using Team = Block;
+    using Real = bf16;
+    static constexpr int kLogitRows = 256;  // of a captured step, and whose logits are in memory
+    static constexpr size_t kWorkspace = 64 << 20;  // of cuBLAS
+
+    Cuda(const Model& m, const DeviceOptions& o) : ordinal(o.ordinal) {
+        overlaps = true;
+        cudaDeviceProp device;
+        check(cudaSetDevice(ordinal), "device");
+        check(cudaGetDeviceProperties(&device, ordinal), "device");
+        name = device.name;
+        if (device.major < 8)
+            fail("GPU: ", name, " is older than compute capability 8.0; use --device cpu");
+        cudaFuncAttributes code;
+        check(cudaFuncGetAttributes(&code, on_blocks<Embed>), "no code for this GPU in here");
+        stream = new_stream(), uploads = new_stream();
+        cublasHandle_t handle;
+        if (cublasCreate(&handle)) fail("CUDA: cuBLAS does not start");
+        blas = handle;
+        cublasSetStream(blas, stream);
+        workspace = make<char>(kWorkspace);
+        cublasSetWorkspace(blas, workspace, kWorkspace);
+        load(m);
+    }
+
+    template <class T>
+    using Array = Owned<T*, cudaFree>;
+
+    template <class T>
+    static Array<T> make(size_t count) {
+        void* memory = nullptr;
+        if (cudaMalloc(&memory, std::max<size_t>(count, 1) * sizeof(T)) == cudaSuccess)
+            return (T*)memory;
+        cudaGetLastError();  // it is told here, and not again
+        size_t free = 0, total = 0;
+        cudaMemGetInfo(&free, &total);
+        fail("GPU: ", count * sizeof(T) >> 20, " MiB do not fit into the ", free >> 20, " MiB that "
+             "are free; lower --kv-memory, --chunk or --max-rows, or take a smaller model");
+    }
+    static cudaStream_t new_stream() {
+        cudaStream_t made;
+        check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "stream");
+        return made;
+    }
+
+    // Copies numbers from the host and waits until they are there.
+    template <class T>
+    static void copy(const T* from, size_t count, T* to) {
+        check(cudaMemcpy(to, from, count * sizeof(T), cudaMemcpyHostToDevice), "copy");
+    }
+    static Array<float> to_device(const vector<float>& values) {
+        Array<float> to = make<float>(values.size());
+        copy(values.data(), values.size(), (float*)to);
+        return to;
+    }
+
+    // Launches a kernel. shared: bytes of dynamic shared memory; cluster: of so many blocks.
+    template <class... Parameters, class... Arguments>
+    void start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster,
+               const Arguments&... arguments) {
+        cudaLaunchAttribute attributes[2];
+        attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[0].val.programmaticStreamSerializationAllowed = 1;
+        attributes[1].id = cudaLaunchAttributeClusterDimension;
+        attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+        cudaLaunchConfig_t config = {grid, dim3(threads), shared, stream, attributes,
+                                     cluster > 1 ? 2u : 1u};
+        check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "kernel");
+    }
+
+    // Runs an op for all units, a block each.
+    template <class Op>
+    void run(int units, const Op& op, size_t scratch = 0) {
+        if (units > 0) start(on_blocks<Op>, dim3(units), Op::kThreads, scratch, 1, op);
+    }
+
+    const bf16* embedding() const { return embed_table; }
+
+    // y [T, N] = x [T, K] w^T, or +=
+    template <class Out>
+    void multiply(Product p, int layer, const bf16* x, Out* y, int T, bool add = false) {
+        const Stack& w = weights[p];
+        const bf16* from = w.data + size_t(layer) * w.N * w.K;
+        float one = 1, old = add;
+        auto type = std::is_same_v<Out, float> ? CUDA_R_32F : CUDA_R_16BF;
+        if (cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, w.N, T, w.K, &one, from, CUDA_R_16BF, w.K,
+                         x, CUDA_R_16BF, w.K, &old, y, type, w.N, CUBLAS_COMPUTE_32F,
+                         CUBLAS_GEMM_DEFAULT))
+            fail("CUDA: cuBLAS refused a product");
+    }
+
+    // The matrices of a product, of all layers one behind the other.
+    struct Stack {
+        Array<bf16> memory;
+        bf16* data = nullptr;
+        int N = 0, K = 0;
+    };
+
+    void load(const Model& m) {
+        const Config& c = m.config;
+        const int L = c.layers, F = c.intermediate;
+        const int sizes[][2] = {{c.qkv_dim(), c.hidden}, {c.hidden, c.q_dim()}, {2 * F, c.hidden},
+                                {c.hidden, F}};
+        for (Product p : {kQkv, kO, kGateUp, kDown}) add_stack(p, L, sizes[p][0], sizes[p][1]);
+        bf16* to[] = {weights[kQkv].data, weights[kO].data, weights[kGateUp].data,
+                      weights[kDown].data};
+        for (const Layer& l : m.layers) {
+            for (const Matrix* part : {&l.q, &l.k, &l.v}) to[kQkv] = append(*part, to[kQkv]);
+            to[kO] = append(l.o, to[kO]);
+            for (const Matrix* part : {&l.gate, &l.up}) to[kGateUp] = append(*part, to[kGateUp]);
+            to[kDown] = append(l.down, to[kDown]);
+        }
+        embed_table = make<bf16>(size_t(c.vocab) * c.hidden);
+        append(m.embed, embed_table);
+        if (!c.tied) {
+            add_stack(kLmHead, 1, c.vocab, c.hidden);
+            append(m.lm_head, weights[kLmHead].data);
+        } else {
+            weights[kLmHead] = {nullptr, embed_table, c.vocab, c.hidden};
+        }
+        copy_pieces();
+    }
+    void add_stack(Product p, int layers, int N, int K) {
+        weights[p] = {make<bf16>(size_t(layers) * N * K), nullptr, N, K};
+        weights[p].data = weights[p].memory;
+    }
+
+    // Has a matrix copied to an address (later, by copy_pieces); returns where it ends there.
+    bf16* append(const Matrix& m, bf16* to) {
+        const size_t size = size_t(m.rows) * m.cols;
+        for (size_t i = 0; i < size; i += kPiece)
+            pieces.push_back({m.data + i, to + i, std::min(size - i, kPiece)});
+        return to + size;
+    }
+
+    // From the page cache through pinned memory, by several threads: one alone copies slower than
+    // the bus.
+    void copy_pieces() {
+        std::atomic<size_t> next = 0;
+        std::atomic<cudaError_t> first_error = cudaSuccess;
+        #pragma omp parallel num_threads(std::min(8, omp_get_max_threads()))
+        {
+            bf16* pinned[2] = {};
+            cudaError_t error = cudaSetDevice(ordinal);
+            if (!error) error = cudaMallocHost(&pinned[0], 2 * kPiece * sizeof(bf16));
+            pinned[1] = pinned[0] + kPiece;
+            for (size_t i, turn = 0; !error && (i = next++) < pieces.size(); turn = !turn) {
+                const auto& [from, to, count] = pieces[i];
+                // the other half is on its way while this one is filled
+                std::copy_n(from, count, pinned[turn]);
+                error = cudaStreamSynchronize(cudaStreamPerThread);
+                if (!error) error = cudaMemcpyAsync(to, pinned[turn], count * sizeof(bf16),
+                                                    cudaMemcpyHostToDevice, cudaStreamPerThread);
+            }
+            if (!error) error = cudaStreamSynchronize(cudaStreamPerThread);
+            cudaFreeHost(pinned[0]);
+            if (error) first_error = error;
+        }
+        pieces.clear();
+        check(first_error, "the copy of the weights");
+    }
+
+    struct Piece {
+        const bf16* from;
+        bf16* to;
+        size_t count;
+    };
+    static constexpr size_t kPiece = 2 << 20;  // numbers
+
+    const int ordinal;
+    Owned<cudaStream_t, cudaStreamDestroy> stream, uploads;
+    Owned<cublasHandle_t, cublasDestroy> blas;
+    Array<char> workspace;
+    Array<bf16> embed_table;  // [V, D]
+    Stack weights[5];   // by Product
+    vector<Piece> pieces;  // of weights, to be copied
+};
+
+class CudaDevice : public Forward<Cuda> {
+public:
+    CudaDevice(const Model& m, const DeviceOptions& o, PageLayout keys, PageLayout values)
+        : Forward<Cuda>(m, o, keys, values), options(o) {
+        // there are several parts only of fewer than kTeams (row, kv head) pairs
+        partial = make<float>(size_t(2) * kTeams * c.group() * (c.head_dim + 2));
+    }
+    ~CudaDevice() override { cudaStreamSynchronize(uploads), cudaStreamSynchronize(stream); }
+
+    size_t free_memory() const override {
+        size_t free, total;
+        check(cudaMemGetInfo(&free, &total), "memory");
+        return free - std::min(free, kMargin);
+    }
+
+    void reserve(int blocks) override {
+        kv = make<bf16>(blocks * c.block_numbers());
+        // slots without a token may be read, and weighted with 0; but 0 times a NaN is a NaN
+        check(cudaMemsetAsync(kv, 0, blocks * block_bytes(), stream), "KV memory");
+        bytes = array_bytes(options);
+        for (Buffer& b : buffers) {
+            b.device = make<char>(bytes);
+            b.host = make_pinned<char>(bytes);
+            b.drawn = make_pinned<int>(max_draws);
+            b.uploaded = new_event(), b.done = new_event();
+        }
+    }
+
+    // A step is a captured graph if its sequences have one row each, which is drawn from, and if
+    // the host has nothing to do with its logits.
+    void launch(Step& step) override {
+        const int T = step.tokens();
+        const bool host = std::ranges::any_of(step.draws, [](const Draw& d) {
+            return d.logprobs >= 0 || d.sampling.has_penalties();
+        });
+        const bool one_each = T == step.sequences() && int(step.draws.size()) == T &&
+                              int(step.logit_rows.size()) == T && T <= kLogitRows;
+        const bool captured = one_each && !host && options.graphs;
+        const int padded = T <= 16 ? int(std::bit_ceil(unsigned(T))) : (T + 15) / 16 * 16;
+        StepArrays s = upload(step, captured ? padded : T, one_each, captured);
+        before_step(s);
+        for (auto [from, to] : step.copies)
+            check(cudaMemcpyAsync(kv + from_block(to), kv + from_block(from), block_bytes(),
+                                  cudaMemcpyDeviceToDevice, stream), "copy of a block");
+        step.replayed = captured;
+        if (captured) {
+            Graph& graph = graphs[{s.rows, turn, s.tiles}];
+            if (!graph) graph = capture(s);
+            check(cudaGraphLaunch(graph, stream), "graph");
+        } else {
+            run_step(s, &step);
+        }
+        check(cudaEventRecord(buffers[turn].done, stream), "step");
+    }
+
+    void wait(Step& step) override {
+        Buffer& b = buffers[step.buffer];
+        check(cudaEventSynchronize(b.done), "step");
+        for (size_t i = 0; i < step.draws.size(); i++) {
+            const Draw& d = step.draws[i];
+            if (step.drawn[i].id < 0) step.drawn[i].id = b.drawn[i];
+            if (!step.replayed || !step.observer) continue;
+            vector<float> row(c.vocab);  // a graph's logits are there until the next step
+            check(cudaMemcpy(row.data(), logits + size_t(d.row) * c.vocab,
+                             row.size() * sizeof(float), cudaMemcpyDeviceToHost), "logits");
+            step.observer->drawn(d, step.drawn[i], row);
+        }
+    }
+
+protected:
+    static constexpr size_t kMargin = 1 << 30;  // of memory that is left to others
+    static constexpr int kTeams = 264;   // blocks that attention should make, to use the whole GPU
+    static constexpr int kMaxParts = 32;  // of a context
+
+    void attend(const StepArrays& s, int layer) override {
+        if (s.tiles) attend_prompts(s, layer);
+        if (s.decodes) attend_decodes(s, layer);
+    }
+    virtual void attend_prompts(const StepArrays& s, int layer) {
+        attend_by_head_dim<kMostQueries>(s, layer, true, s.tiles, 1);
+    }
+    virtual void attend_decodes(const StepArrays& s, int layer) {
+        const int units = s.decodes * c.kv_heads;
+        const int parts = std::clamp((kTeams + units - 1) / units, 1, kMaxParts);
+        if (c.group() <= 2) attend_by_head_dim<2>(s, layer, false, s.decodes, parts);
+        else attend_by_head_dim<kMostQueries>(s, layer, false, s.decodes, parts);
+        if (parts > 1) run(s.decodes * c.heads, MergeParts<bf16>{s, c, parts, partial, att});
+    }
+    template <int kQueries>
+    void attend_by_head_dim(const StepArrays& s, int layer, bool of_prompts, int tiles, int parts) {
+        if (c.head_dim <= 64) attend_by<8, kQueries>(s, layer, of_prompts, tiles, parts);
+        else if (c.head_dim <= 128) attend_by<16, kQueries>(s, layer, of_prompts, tiles, parts);
+        else attend_by<32, kQueries>(s, layer, of_prompts, tiles, parts);
+    }
+    template <int kLanes, int kQueries>
+    void attend_by(const StepArrays& s, int layer, bool of_prompts, int tiles, int parts) {
+        using Op = Attend<bf16, kLanes, kQueries>;
+        const int chunks = Op::chunks((of_prompts ? tile_rows_of(c) : 1) * c.group());
+        run(tiles * chunks * c.kv_heads * parts,
+            Op{s, c, layer, parts, of_prompts, qkv, kv, partial, att}, Op::scratch(c.head_dim));
+    }
+
+    // The ids of draws, to the device's own array and to the host's.
+    virtual void draw(const DrawKey* keys, int count, int* drawn, int* host) {
+        run(count, DrawIds{keys, logits, c.vocab, drawn, host}, kDrawScratch);
+    }
+
+    // What cannot be part of a captured step because it differs from step to step.
+    virtual void before_step(const StepArrays&) {}
+
+    // The whole step; captured, it has no draws that need the host, and step is null.
+    void run_step(const StepArrays& s, Step* step) {
+        const bool done = decode_step(s);
+        if (!done) forward(s);
+        for (int begin = 0; begin < s.logits; begin += kLogitRows) {
+            const int count = std::min(kLogitRows, s.logits - begin);
+            if (!done) norm_linear(kLmHead, 0, s.logit_rows + begin, count);
+            if (step) draw_rows(s, *step, begin, count);
+            else draw(s.keys, s.draws, drawn, buffers[turn].drawn);
+        }
+    }
+
+    // The draws from rows begin .. begin + count - 1 of logits, with what the host has to do.
+    void draw_rows(const StepArrays& s, Step& step, int begin, int count) {
+        auto row_of = [](const Draw& d) { return d.row; };
+        const auto first = std::ranges::lower_bound(step.draws, begin, {}, row_of);
+        const auto last = std::ranges::lower_bound(step.draws, begin + count, {}, row_of);
+        const int from = int(first - step.draws.begin()), end = int(last - step.draws.begin());
+        const bool scored = step.observer || std::any_of(first, last, [](const Draw& d) {
+            return d.logprobs >= 0;
+        });
+        vector<float> host(scored ? size_t(count) * c.vocab : 0);
+        if (scored) check(cudaMemcpyAsync(host.data(), logits, host.size() * sizeof(float),
+                                          cudaMemcpyDeviceToHost, stream), "logits");
+        apply_all_penalties({first, last});
+        draw(s.keys + from, end - from, drawn + from, buffers[turn].drawn + from);
+        if (!scored) return;
+        check(cudaStreamSynchronize(stream), "logits");
+        #pragma omp parallel for schedule(dynamic)
+        for (int i = from; i < end; i++) {
+            const Draw& d = step.draws[i];
+            step.drawn[i].id = d.known >= 0 ? d.known : buffers[turn].drawn[i];
+            if (d.logprobs >= 0 || step.observer)
+                resolve(step, d, std::span(host).subspan(size_t(d.row - begin) * c.vocab, c.vocab),
+                        step.drawn[i]);
+        }
+    }
+
+    // A row of logits may serve several draws, which have the same penalties.
+    void apply_all_penalties(std::span<const Draw> draws) {
+        vector<Penalize::Entry> list;
+        int last = -1;
+        for (const Draw& d : draws) {
+            if (d.known >= 0 || d.row == last || !d.sampling.has_penalties()) continue;
+            last = d.row;
+            for (auto [id, count] : count_ids(d.prompt, d.output))
+                list.push_back({d.row % kLogitRows, id, count, d.sampling});
+        }
+        if (list.empty()) return;
+        const int count = int(list.size());
+        Penalize::Entry* entries;
+        check(cudaMallocAsync(&entries, count * sizeof(*entries), stream), "memory");
+        check(cudaMemcpyAsync(entries, list.data(), count * sizeof(*entries),
+                              cudaMemcpyHostToDevice, stream), "penalties");
+        run((count + 255) / 256, Penalize{entries, count, c.vocab, logits});
+        check(cudaFreeAsync(entries, stream), "memory");
+    }
+
+    // Puts a step where kernels see it. rows: at least its own; the ones behind them do nothing.
+    StepArrays upload(Step& step, int rows, bool one_each, bool captured) {
+        step.buffer = turn = !turn;
+        Buffer& b = buffers[turn];
+        StepArrays s;
+        s.rows = rows, s.one_each = one_each;
+        s.draws = std::max(one_each ? rows : 0, int(step.draws.size()));
+        if (size_t(s.draws) > max_draws)
+            fail("GPU: ", s.draws, " samples at a time, room for ", max_draws, "; lower --samples");
+        place(s, b.host);
+        fill(s, step);
+        fill_keys(s, step);
+        const size_t used = (char*)(s.tables + step.tables.size()) - b.host;
+        if (used > bytes) fail("GPU: a step of ", used, " bytes, room for ", bytes);
+        s.logits = int(step.logit_rows.size());
+        if (captured) generalize(s);
+        place(s, b.device);
+        check(cudaMemcpyAsync(b.device, b.host, used, cudaMemcpyHostToDevice, uploads), "upload");
+        check(cudaEventRecord(b.uploaded, uploads), "upload");
+        check(cudaStreamWaitEvent(stream, b.uploaded), "upload");
+        return s;
+    }
+    // Makes a step into one for any decodes of so many rows.
+    virtual void generalize(StepArrays& s) { s.decodes = s.logits = s.rows; }
+    void place(StepArrays& s, char* at) {
+        Carver carver = {uintptr_t(at)};
+        carve(carver, s);
+        s.tables = (int*)carver.at;
+    }
+    static void fill_keys(StepArrays& s, const Step& step) {
+        for (int i = 0; i < s.draws; i++) s.keys[i] = {};
+        for (size_t i = 0; i < step.draws.size(); i++) {
+            const Draw& d = step.draws[i];
+            s.keys[i] = {d.sampling, d.row % kLogitRows, d.sample, d.position};
+            if (d.known >= 0) s.keys[i].sampling.temperature = 0;  // only scored
+        }
+    }
+
+    using Graph = Owned<cudaGraphExec_t, cudaGraphExecDestroy>;
+    Graph capture(const StepArrays& s) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+        run_step(s, nullptr);
+        check(cudaStreamEndCapture(stream, &graph), "capture");
+        check(cudaGraphInstantiate(&exec, graph), "graph");
+        check(cudaGraphDestroy(graph), "graph");
+        return exec;
+    }
+
+    static cudaEvent_t new_event() {
+        cudaEvent_t event;
+        check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+        return event;
+    }
+    template <class T>
+    static Owned<T*, cudaFreeHost> make_pinned(size_t count) {
+        T* memory;
+        check(cudaMallocHost(&memory, count * sizeof(T)), "pinned memory, lower --max-rows");
+        return memory;
+    }
+    size_t from_block(int block) const { return c.key_page(block, 0, 0); }
+
+    // What a step needs of its own while it is on its way. Two take turns: one is filled while the
+    // step before is still running.
+    struct Buffer {
+        Array<char> device;
+        Owned<char*, cudaFreeHost> host;
+        Owned<int*, cudaFreeHost> drawn;  // written by the device
+        Owned<cudaEvent_t, cudaEventDestroy> uploaded, done;
+    };
+
+    const DeviceOptions options;
+    Array<float> partial;  // results of parts of a context
+    Buffer buffers[2];
+    bool turn = false;     // which buffer is the last step's
+    size_t bytes = 0;      // of a buffer
+    std::map<std::tuple<int, bool, int>, Graph> graphs;  // by rows, buffer, tiles
+};
+
+#endif  // __CUDACC__
+
+// ----- Which device there is
+
+// How devices are made. A program that has chapters for them puts its own functions here.
+struct Devices {
+    using Make = std::unique_ptr<Device>(const Model&, const DeviceOptions&);
+    Make* cpu = [](const Model& m, const DeviceOptions& o) -> std::unique_ptr<Device> {
+        const PageLayout pages = PageLayout::by_token(m.config.head_dim);
+        return std::make_unique<CpuDevice>(m, o, pages, pages);
+    };
+    Make* cuda = [](const Model& m, const DeviceOptions& o) -> std::unique_ptr<Device> {
+#ifdef __CUDACC__
+        const PageLayout pages = PageLayout::by_token(m.config.head_dim);
+        return std::make_unique<CudaDevice>(m, o, pages, pages);
+#else
+        fail("GPU: this build has no code for it", m.layers.size() + o.ordinal);
+#endif
+    };
+};
+Devices devices;
+
+std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int context) {
+    int gpus = 0, ordinal = 0;
+    bool wanted = o.device == "cuda";
+    if (o.device.starts_with("cuda:")) {
+        const char *begin = &o.device[5], *end = begin + o.device.size() - 5;
+        wanted = std::from_chars(begin, end, ordinal).ptr == end && ordinal >= 0 && begin < end;
+    }
+    if (!wanted && o.device != "cpu" && o.device != "auto")
+        fail("--device ", o.device, ": not known; auto, cpu, cuda and cuda:1 are");
+#ifdef __CUDACC__
+    if (o.device != "cpu") gpus = count_gpus();
+#endif
+    if (wanted && ordinal >= gpus)
+        fail("--device ", o.device, ": no such GPU here, or no driver for it; use cpu");
+    if (!o.max_rows) o.max_rows = gpus ? 256 : 64;
+    if (!o.chunk) o.chunk = gpus ? 8192 : 512;
+    int64_t most = std::min<int64_t>(o.chunk, int64_t(context) * o.max_rows);  // tokens in a step
+    DeviceOptions options = {std::max(o.max_rows, int(most)), o.max_rows, ordinal, o.graphs,
+                             o.without};
+    auto device = gpus ? devices.cuda(m, options) : devices.cpu(m, options);
+    for (const string& name : o.without) {
+        if (name == "all" || std::ranges::count(device->chapters, name)) continue;
+        string known = "all";
+        for (const string& chapter : device->chapters) known += ", " + chapter;
+        fail("--without ", name, ": not known on this device; ", known, " are");
+    }
+    return device;
+}
 
 // =============================================================================================
 // 5. A session at the terminal: chat and generate

@@ -1,7 +1,9 @@
-// nanocu: all together. The engine (nano.cu) with the commands of docs/commands, each of which adds
-// itself: ./nanocu is built from this.
+// nanocu: all together. The engine (nano.cu), the chapters that make its devices fast, the commands
+// of docs/commands, each of which adds itself. ./nanocu is built from this.
 #define NANOCU_NO_MAIN
 #include "../nano.cu"
+
+#include "chapters/all.hpp"
 
 #include "commands/attribute.hpp"
 #include "commands/batch.hpp"

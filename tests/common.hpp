@@ -3,6 +3,8 @@
 #define NANOCU_NO_MAIN
 #include "../nano.cu"
 
+#include "../docs/chapters/all.hpp"
+
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 
@@ -33,6 +35,11 @@ struct TempFolder {
         std::ofstream(path + "/" + file, std::ios::binary) << text;
     }
 };
+
+// Bytes of KV memory that a block takes on the CPU.
+inline size_t cpu_block_bytes(const Model& m) {
+    return sizeof(float) * kBlockSize * m.config.layers * 2 * m.config.kv_dim();
+}
 
 struct Ran {
     int exit;  // status, or 128 + signal

@@ -29,7 +29,7 @@ void check_one_line(const Ran& r, const string& says) {
 
 vector<float> floats(const Matrix& m) {
     vector<float> out(size_t(m.rows) * m.cols);
-    std::transform(m.data, m.data + out.size(), out.begin(), bf16_to_float);
+    std::copy(m.data, m.data + out.size(), out.begin());
     return out;
 }
 
@@ -99,7 +99,7 @@ TEST_CASE("compress: what is written is the rounded, pruned or factored matrix, 
         for (size_t begin = 0; begin < x.size(); begin += 32) {
             float largest = 0;
             for (size_t i = begin; i < begin + 32; i++) largest = std::max(largest, std::abs(x[i]));
-            float scale = bf16_to_float(float_to_bf16(largest / 7));
+            float scale = float(bf16(largest / 7));
             std::set<float> levels;
             for (size_t i = begin; i < begin + 32; i++) {
                 levels.insert(y[i]);

@@ -24,7 +24,7 @@ std::vector<int> prompt_of(int tokens, int seed = 0) {
 
 EngineOptions options(const Model& m, int blocks, int chunk = 512, int rows = 64) {
     EngineOptions o;
-    o.kv_memory = size_t(blocks) * kBlockSize * KvMemory::token_bytes(m.config);
+    o.kv_memory = size_t(blocks) * cpu_block_bytes(m);
     o.chunk = chunk, o.max_rows = rows;
     return o;
 }

@@ -75,7 +75,7 @@ TensorFile in_dtype(const TensorFile& from, const char* dtype, F convert) {
         for (size_t i = t["data_offsets"][0]; i < t["data_offsets"][1]; i += 2) {
             bf16 number;
             memcpy(&number, &from.data[i], 2);
-            convert(bf16_to_float(number), to.data);
+            convert(float(number), to.data);
         }
         to.header[name] = t;
         to.header[name]["dtype"] = dtype;
@@ -409,15 +409,15 @@ TEST_CASE("conversions to and from bf16 and f16 are those of the hardware") {
         float ours = f16_to_float(uint16_t(i)), theirs = _cvtsh_ss(uint16_t(i));
         if (std::isnan(theirs)) wrong += !std::isnan(ours);
         else wrong += ours != theirs || std::signbit(ours) != std::signbit(theirs);
-        float wide = bf16_to_float(bf16(i));
-        wrong += !std::isnan(wide) && float_to_bf16(wide) != i;
+        float wide = std::bit_cast<bf16>(uint16_t(i));
+        wrong += !std::isnan(wide) && bf16(wide).bits != i;
     }
     CHECK(wrong == 0);
-    const vector<std::pair<uint32_t, bf16>> rounded = {
+    const vector<std::pair<uint32_t, uint16_t>> rounded = {
         {0x3F807FFF, 0x3F80}, {0x3F808000, 0x3F80}, {0x3F808001, 0x3F81}, {0x3F818000, 0x3F82},
         {0x3F817FFF, 0x3F81}, {0xBF808000, 0xBF80}, {0x7F7FFFFF, 0x7F80}, {0x00008000, 0x0000}};
-    for (auto [bits, bf] : rounded) CHECK(float_to_bf16(std::bit_cast<float>(bits)) == bf);
-    CHECK(std::isnan(bf16_to_float(float_to_bf16(std::bit_cast<float>(0x7F800001)))));
+    for (auto [bits, bf] : rounded) CHECK(bf16(std::bit_cast<float>(bits)).bits == bf);
+    CHECK(std::isnan(float(bf16(std::bit_cast<float>(0x7F800001)))));
 }
 
 TEST_CASE("a tied model ignores an lm_head in its file, and tensors that nobody asks for") {

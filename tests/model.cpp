@@ -4,27 +4,27 @@
 
 namespace {
 
-// The logits behind the last id of prompt, computed in chunks of the given size.
-std::vector<float> last_logits(const Model& m, const std::vector<int>& prompt, int chunk) {
-    Activations a(m.config, chunk);
-    int blocks = Cache::blocks_for(int(prompt.size()));
-    KvMemory kv(m.config, blocks);
-    for (size_t begin = 0; begin < prompt.size(); begin += chunk) {
-        Step step;
-        step.table_width = blocks;
-        for (int b = 0; b < blocks; b++) step.tables.push_back(blocks - 1 - b);  // in any order
-        for (size_t i = begin; i < std::min(prompt.size(), begin + chunk); i++) {
-            step.ids.push_back(prompt[i]);
-            step.positions.push_back(int(i));
-            step.sequence.push_back(0);
-        }
-        #pragma omp parallel
-        forward(m, step, a, kv);
-        int last = step.tokens() - 1;
-        #pragma omp parallel
-        cpu::logits(m, std::span(&last, 1), a);
+// Keeps the logits of the last draw.
+struct LastLogits : Observer {
+    std::vector<float> logits;
+    void scheduled(const Flight&) override {}
+    void collected(const Flight&) override {}
+    void drawn(const Draw&, const Drawn&, std::span<const float> row) override {
+        logits.assign(row.begin(), row.end());
     }
-    return {a.logits.begin(), a.logits.begin() + m.config.vocab};
+};
+
+// The logits behind the last id of prompt, computed in chunks of the given size, without the
+// chapters of without.
+std::vector<float> last_logits(const Model& m, const std::vector<int>& prompt, int chunk,
+                               const std::vector<string>& without = {}) {
+    EngineOptions o;
+    o.chunk = chunk, o.max_rows = 1, o.kv_memory = 64 * cpu_block_bytes(m), o.without = without;
+    LastLogits last;
+    Engine e(m, o);
+    e.observer = &last;
+    run_one(e, greedy(prompt, 1));
+    return last.logits;
 }
 
 std::vector<Request> golden_requests(const json& all) {
@@ -99,7 +99,7 @@ TEST_CASE("greedy ids are transformers', and the same to the bit however the wor
         }
         SUBCASE("a pool so small that sequences are preempted") {
             EngineOptions o;
-            o.kv_memory = 14 * kBlockSize * KvMemory::token_bytes(m.config);
+            o.kv_memory = 14 * cpu_block_bytes(m);
             Engine e(m, o);
             same(e);
             CHECK(e.preemptions > 0);

@@ -9,7 +9,7 @@ namespace compress {
 
 using Floats = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-float rounded(float f) { return bf16_to_float(float_to_bf16(f)); }
+float rounded(float f) { return float(bf16(f)); }
 
 struct Method {
     enum What { kInt, kPrune, kRank } what;
@@ -54,24 +54,24 @@ struct Method {
 private:
     void round(std::span<bf16> group) const {
         float largest = 0, most = float((1 << (amount - 1)) - 1);
-        for (bf16 b : group) largest = std::max(largest, std::abs(bf16_to_float(b)));
+        for (bf16 b : group) largest = std::max(largest, std::abs(float(b)));
         float scale = rounded(largest / most);
         for (bf16& b : group) {
-            float steps = scale > 0 ? std::nearbyint(bf16_to_float(b) / scale) : 0;
-            b = float_to_bf16(std::clamp(steps, -most, most) * scale);
+            float steps = scale > 0 ? std::nearbyint(float(b) / scale) : 0;
+            b = bf16(std::clamp(steps, -most, most) * scale);
         }
     }
 
     // Without its sign a bf16 counts like its magnitude, so counting finds the limit.
     void prune(vector<bf16>& all) const {
         vector<size_t> count(1 << 15);
-        for (bf16 b : all) count[b & 0x7FFF]++;
+        for (bf16 b : all) count[b.bits & 0x7FFF]++;
         size_t left = size_t(double(all.size()) * amount / 100);  // to become 0
         int limit = 0;
         for (; count[limit] <= left; limit++) left -= count[limit];
         for (bf16& b : all) {
-            int size = b & 0x7FFF;
-            if (size < limit || (size == limit && left > 0 && left--)) b = 0;
+            int size = b.bits & 0x7FFF;
+            if (size < limit || (size == limit && left > 0 && left--)) b = bf16(0);
         }
     }
 
@@ -79,7 +79,7 @@ private:
     // W projected on the first ones is one factor, and they are the other.
     void factor(const Matrix& m, vector<bf16>& out) const {
         Floats w(m.rows, m.cols);
-        std::transform(out.begin(), out.end(), w.data(), bf16_to_float);
+        std::copy(out.begin(), out.end(), w.data());
         bool tall = m.rows > m.cols;
         if (!tall) w.transposeInPlace();
         Eigen::SelfAdjointEigenSolver<Floats> solver(w.transpose() * w);  // values ascend
@@ -87,7 +87,7 @@ private:
         Floats projected = (w * vectors).unaryExpr(&rounded);
         w.noalias() = projected * vectors.unaryExpr(&rounded).transpose();
         if (!tall) w.transposeInPlace();
-        std::transform(w.data(), w.data() + w.size(), out.begin(), float_to_bf16);
+        std::transform(w.data(), w.data() + w.size(), out.begin(), [](float v) { return bf16(v); });
     }
 };
 

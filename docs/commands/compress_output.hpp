@@ -141,7 +141,7 @@ void write_model(const string& from, const string& to, const vector<Tensor>& ten
         file.write((const char*)&length, 8) << text;
         for (const Tensor& t : tensors) {
             vector<bf16> own(t.floats.size());
-            std::ranges::transform(t.floats, own.begin(), float_to_bf16);
+            std::ranges::transform(t.floats, own.begin(), [](float f) { return bf16(f); });
             const bf16* data = t.view ? t.view->data : own.data();
             size_t n = t.view ? size_t(t.view->rows) * t.view->cols : own.size();
             file.write((const char*)data, n * sizeof(bf16));

@@ -136,7 +136,7 @@ public:
     }
 
     // Keeps the logits for later: a step's time is not to hold what is computed for the page.
-    void drawn(const Draw& d, std::span<const float> logits) override {
+    void drawn(const Draw& d, const Drawn&, std::span<const float> logits) override {
         vector<float> copy(logits.begin(), logits.end());
         if (d.sampling.has_penalties()) apply_penalties(copy, d.sampling, d.prompt, d.output);
         std::lock_guard lock(mutex);
@@ -147,13 +147,15 @@ public:
         ordered& step = current;
         step["seconds"] = now() - start - step["begin"].get<double>();
         step["replayed"] = flight.step->replayed;
-        for (const Draw& d : flight.step->draws) {
+        for (size_t at = 0; at < flight.step->draws.size(); at++) {
+            const Draw& d = flight.step->draws[at];
+            const int id = flight.step->drawn[at].id;
             const Sequence& leader = *flight.parts[d.part].sequence;
             int from = index.at({leader.number, leader.sample});
             int i = index.at({leader.number, d.sample});
-            ordered draw = {{"sequence", i}, {"position", d.position}, {"id", d.id}};
+            ordered draw = {{"sequence", i}, {"position", d.position}, {"id", id}};
             if (kept.contains(&d))
-                draw.update(explain_draw(kept[&d], d.sampling, d.sample, d.position, d.id));
+                draw.update(explain_draw(kept[&d], d.sampling, d.sample, d.position, id));
             step["draws"].push_back(std::move(draw));
             if (i != from) step["forked"].push_back({from, i});
         }

@@ -40,10 +40,10 @@ vector<double> exact_logits(const Model& plain, const Activations& a) {
     for (int id = 0; id < c.vocab; id++) {
         const bf16* row = plain.lm_head.row(id);
         double most = 0, sum = 0;
-        for (int d = 0; d < c.hidden; d++) most = std::max<double>(most, std::abs(bf16_to_float(row[d])));
+        for (int d = 0; d < c.hidden; d++) most = std::max<double>(most, std::abs(float(row[d])));
         float scale = float(most) / 127;
         for (int d = 0; d < c.hidden && most > 0; d++)
-            sum += n[d] * std::round(bf16_to_float(row[d]) / scale) * scale;
+            sum += n[d] * std::round(row[d] / scale) * scale;
         out.push_back(sum);
     }
     return out;

@@ -1,4 +1,4 @@
-// stream.hpp: a decode step of up to 8 rows as one kernel that never stops reading weights.
+// stream.cuh: a decode step of up to 8 rows as one kernel that never stops reading weights.
 //
 // A step of few rows is as fast as its weights come from memory, if nothing else gets in the way.
 // So one block stays on each SM for the whole step. Its producer warp knows which weights the block
@@ -39,6 +39,8 @@
 
 #include <cuda.h>
 
+#include "tensor-cores.cuh"
+
 namespace cuda {
 
 constexpr int kStreamWarps = 16, kStreamThreads = 32 * (kStreamWarps + 4);  // 3 of them idle
@@ -59,13 +61,14 @@ struct StreamMaps {
 };
 
 struct StreamArguments {
-    StepArrays s = {nullptr, 0, 0};
+    StepArrays s;
     Shape c;
-    const b16* embedding;
+    StreamArguments(const StepArrays& s, const Shape& c) : s(s), c(c) {}
+    const bf16* embedding;
     const float *inv_freq, *attn_norms, *mlp_norms;  // [HD / 2], [L + 1, D] with final_norm, [L, D]
     const float *q_norms, *k_norms, *bias;           // [L, HD], [L, HD], [L, qkv], or null
     const int* drawn;
-    b16* kv;
+    bf16* kv;
     unsigned *x, *qkv, *att, *h;  // words, [rows, D] etc.; x is times the next norm's weight
     uint64_t* squares;            // [rows, kStreamBlocks]: sums of x^2 in a block, 32-bit tags
     uint4* parts;                 // [rows, KV, G * HD, parts]: Attended and a tag of 32 bits
@@ -84,7 +87,7 @@ __device__ unsigned use_tag(unsigned step, int layers, int layer, int half) {
     return 2 * ((step + 1) * (layers + 1) + layer) + half;
 }
 __device__ void store_word(unsigned* to, float value, unsigned tag) {
-    unsigned word = unsigned(__bfloat16_as_ushort(b16(value))) << 16 | (tag & 0xFFFF);
+    unsigned word = unsigned(bf16(value).bits) << 16 | (tag & 0xFFFF);
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
 
@@ -184,7 +187,7 @@ struct StreamMatrix {
         extra = phase == kO ? a.mlp_norms : phase == kDown ? a.attn_norms + c.hidden
               : phase == kQkv ? a.bias : nullptr;
         K = phase == kO ? c.heads * c.head_dim : phase == kDown ? c.intermediate : c.hidden;
-        N = phase == kQkv ? c.qkv() : phase == kGateUp ? c.intermediate
+        N = phase == kQkv ? c.qkv_dim() : phase == kGateUp ? c.intermediate
           : phase == kLmHead ? c.vocab : c.hidden;
         up = phase == kGateUp ? c.intermediate : 0;
         int all = (N + 7) / 8, count = blocks(N), block = blockIdx.x;
@@ -231,7 +234,7 @@ struct StreamUnit {
 __shared__ StreamMatrix matrices[5];     // its part of each,
 __shared__ StreamUnit units[kMaxUnits];  // and of attention;
 __shared__ alignas(16) float head_norms[2 * 128];                // [2, HD], of queries and keys;
-__shared__ alignas(16) b16 heads[(kMaxGroup + 2) * (128 + 8)];  // queries, key, value of a unit
+__shared__ alignas(16) bf16 heads[(kMaxGroup + 2) * (128 + 8)];  // queries, key, value of a unit
 
 // The ring, and where in it a warp is: addresses in shared memory.
 struct Ring {
@@ -315,7 +318,7 @@ struct Producer {
     }
 
     __device__ void pages(const CUtensorMap* map, int count, int layer) {
-        constexpr int kPage = 2 * HD * kBlockSize * sizeof(b16);  // keys and values
+        constexpr int kPage = 2 * HD * kBlockSize * sizeof(bf16);  // keys and values
         constexpr int kPages = kSlotBytes / 2 / kPage;  // of a half, at most 32
         const int lane = threadIdx.x % 32;
         for (int i = 0; i < count; i++) {
@@ -515,7 +518,7 @@ struct Consumer {
     // Puts a head of a row into heads[to]: with norm (Qwen3) and RoPE, if it is of queries or keys.
     __device__ void read_head(int row, int head, int to, unsigned tag) {
         constexpr int kEach = HD / 32, kHalf = kEach / 2;
-        const unsigned* from = a.qkv + row * a.c.qkv();
+        const unsigned* from = a.qkv + row * a.c.qkv_dim();
         const bool value = head >= a.c.heads + a.c.kv_heads;
         unsigned w[kEach], wrong;
         do {
@@ -546,24 +549,24 @@ struct Consumer {
             float cosine = angles[row * HD + 32 * i + lane], x = v[i], y = v[i + kHalf];
             float sine = angles[row * HD + HD / 2 + 32 * i + lane];
             if (value) cosine = 1, sine = 0;
-            heads[to * kHead + 32 * i + lane] = b16(x * cosine - y * sine);
-            heads[to * kHead + 32 * (i + kHalf) + lane] = b16(y * cosine + x * sine);
+            heads[to * kHead + 32 * i + lane] = bf16(x * cosine - y * sine);
+            heads[to * kHead + 32 * (i + kHalf) + lane] = bf16(y * cosine + x * sine);
         }
     }
 
     // Puts the new token's key and value where they belong in a page's keys and values.
-    __device__ void put_token(const StreamUnit& u, b16* keys, b16* values) {
+    __device__ void put_token(const StreamUnit& u, bf16* keys, bf16* values) {
         const int i = lane % 16, G = a.c.heads / a.c.kv_heads;  // 8 numbers; of the key, the value
         if (i < HD / 8)
             *(uint4*)((lane < 16 ? keys : values) +
-                      a.c.in_page((u.tokens - 1) % kBlockSize, 8 * i)) =
+                      a.c.keys.at((u.tokens - 1) % kBlockSize, 8 * i)) =
                 *(const uint4*)(heads + (G + lane / 16) * kHead + 8 * i);
     }
 
     // A page: as in decode_attend, S^T = K Q^T, O^T = V^T P^T. tokens: of the page
-    __device__ void add_page(const b16* keys, int tokens, int G, float (*o)[4], float top[2],
+    __device__ void add_page(const bf16* keys, int tokens, int G, float (*o)[4], float top[2],
                              float sum[2]) {
-        const b16* values = keys + HD * kBlockSize;
+        const bf16* values = keys + HD * kBlockSize;
         float p[4] = {};
         #pragma unroll
         for (int i = 0; i < HD / 32; i++) {
@@ -598,7 +601,7 @@ struct Consumer {
         float o[HD / 16][4] = {}, top[2] = {-1e30f, -1e30f}, sum[2] = {};  // of heads 2t, 2t + 1
         #pragma unroll 1
         for (int p = 0; p < pages; p += kPages) {
-            b16* slot = (b16*)__cvta_shared_to_generic(ring.take(0));
+            bf16* slot = (bf16*)__cvta_shared_to_generic(ring.take(0));
             ring.take(1);
             int mine = (warp - p) & (kStreamWarps - 1), page = u.first + p + mine;
             if (mine < kPages && page < u.last) {
@@ -613,7 +616,7 @@ struct Consumer {
                 }
                 add_page(slot, u.tokens - page * kBlockSize, G, o, top, sum);
                 if (newest) {
-                    b16* to = a.kv + a.c.page(u.newest, layer, u.head);
+                    bf16* to = a.kv + a.c.key_page(u.newest, layer, u.head);
                     put_token(u, to, to + a.c.value_offset());
                 }
             }
@@ -723,5 +726,154 @@ stream_step(const __grid_constant__ StreamMaps maps, const __grid_constant__ Str
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.step = step + 1;
 }
+
+// Base: CudaDevice, or a chapter over it; its pages must lie as matrix_pages says.
+template <class Base>
+class Stream : public Base {
+public:
+    Stream(const Model& m, const DeviceOptions& o, PageLayout keys, PageLayout values)
+        : Base(m, o, keys, values),
+          on(this->switched_on("stream", not_for(), {"decode_step"}, " (up to 8 rows)")) {
+        if (on) set_up();
+    }
+
+    void reserve(int blocks) override {
+        Base::reserve(blocks);
+        const cuuint64_t heads = this->c.kv_heads, rows = this->c.head_dim / 16;  // of 256 numbers
+        const cuuint64_t offset = this->c.value_offset(), pages = cuuint64_t(blocks) * this->c.layers;
+        if (on) maps.pages = map_tensor(this->kv, {256, heads * rows, 2, pages},
+                                        {256, offset, 2 * offset}, {256, cuuint32_t(rows), 2, 1},
+                                        CU_TENSOR_MAP_SWIZZLE_NONE);
+    }
+
+protected:
+    // Clears the words before a step for which old ones may be there: see above.
+    void before_step(const StepArrays& s) override {
+        Base::before_step(s);
+        if (takes(s)) ready_words(s.rows);
+    }
+    void ready_words(int rows) {
+        if (rows <= streamed_rows && ++streamed_steps < 1 << 20) {
+            streamed_rows = rows;
+            return;
+        }
+        streamed_rows = rows, streamed_steps = 0;
+        check(cudaMemsetAsync(words, 0, words_bytes, this->stream), "words");
+    }
+
+    // A step of up to s.rows rows, up to its logits.
+    bool decode_step(const StepArrays& s) override {
+        if (!takes(s)) return Base::decode_step(s);
+        arguments->s = s, arguments->kv = this->kv;
+        arguments->columns = int(std::bit_ceil(unsigned(s.rows)));
+        arguments->slots = slots_beside(arguments->columns);
+        // large layers need the memory's bandwidth, small ones words that do not queue behind it
+        const Shape& c = this->c;
+        size_t layer = sizeof(bf16) * (size_t(c.qkv_dim() + c.q_dim()) * c.hidden +
+                                       size_t(3) * c.intermediate * c.hidden);
+        bool large = layer / blocks > size_t(4 * arguments->slots) * kSlotBytes;
+        arguments->in_flight = large ? 4 : 2;
+        cudaLaunchAttribute all_at_once;
+        all_at_once.id = cudaLaunchAttributeCooperative;
+        all_at_once.val.cooperative = 1;
+        cudaLaunchConfig_t config = {dim3(blocks), dim3(kStreamThreads), size_t(shared_bytes),
+                                     this->stream, &all_at_once, 1};
+        check(cudaLaunchKernelEx(&config, kernel, maps, *arguments), "stream_step");
+        return true;
+    }
+    bool takes(const StepArrays& s) const { return on && s.one_each && s.rows <= kStreamRows; }
+
+    // Why this model or GPU cannot be streamed; "": it can.
+    string not_for() {
+        const Shape& c = this->c;
+        if ((c.head_dim != 64 && c.head_dim != 128) || c.group() > kMaxGroup)
+            return "attention of this shape is not built in";
+        kernel = c.head_dim == 64 ? stream_step<64> : stream_step<128>;
+        if (!runs_hopper_code((const void*)kernel)) return "no code for Hopper that this GPU runs";
+        if (c.hidden % 64 || c.intermediate % 64) return "sizes are not multiples of 64";
+        cudaDeviceProp device;
+        check(cudaGetDeviceProperties(&device, this->ordinal), "device");
+        blocks = std::min({device.multiProcessorCount, kStreamBlocks, (c.qkv_dim() + 7) / 8});
+        cudaFuncAttributes code;
+        check(cudaFuncGetAttributes(&code, kernel), "stream_step");
+        shared_bytes = int(device.sharedMemPerBlockOptin - code.sharedSizeBytes);
+        bool fits = slots_beside(kStreamRows) >= 5 && kStreamRows * c.kv_heads <= kMaxUnits * blocks;
+        return fits ? "" : "shared memory does not suffice";
+    }
+
+    void set_up() {
+        const Shape& c = this->c;
+        const int D = c.hidden, N = c.qkv_dim(), F = c.intermediate, Q = c.q_dim();
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   shared_bytes), "stream_step");
+        for (int p = 0; p < 5; p++)
+            maps.each[p] = map_weights(this->weights[p].data, this->weights[p].N,
+                                       this->weights[p].K, p == kLmHead ? 1 : c.layers);
+        size_t parts = size_t(std::max(blocks, kStreamRows * c.kv_heads)) * Q / c.kv_heads;
+        size_t numbers = kStreamRows * (D + N + Q + size_t(F));
+        words_bytes = parts * sizeof(uint4) + numbers * 4 + kStreamRows * kStreamBlocks * 8 + 4;
+        words = this->template make<char>(words_bytes);
+        norms = this->template make<float>(size_t(c.layers + 1) * D);  // the last is final_norm
+        check(cudaMemcpy(norms, this->attn_norms, size_t(c.layers) * D * sizeof(float),
+                         cudaMemcpyDeviceToDevice), "norms");
+        check(cudaMemcpy(norms + size_t(c.layers) * D, this->final_norm, D * sizeof(float),
+                         cudaMemcpyDeviceToDevice), "norms");
+        arguments.emplace(StepArrays(), c);
+        arguments->embedding = this->embed_table, arguments->inv_freq = this->inv_freq;
+        arguments->attn_norms = norms, arguments->mlp_norms = this->mlp_norms;
+        arguments->q_norms = this->q_norms, arguments->k_norms = this->k_norms;
+        arguments->bias = this->biases, arguments->drawn = this->drawn;
+        arguments->logits = this->logits, arguments->delays = 0;
+        arguments->parts = (uint4*)(char*)words;
+        arguments->squares = (uint64_t*)(arguments->parts + parts);
+        arguments->x = (unsigned*)(arguments->squares + kStreamRows * kStreamBlocks);
+        arguments->qkv = arguments->x + kStreamRows * D;
+        arguments->att = arguments->qkv + kStreamRows * N;
+        arguments->h = arguments->att + kStreamRows * Q;
+        arguments->step = arguments->h + kStreamRows * F;
+    }
+
+    // w [layers, N, K], for boxes of 8 rows.
+    static CUtensorMap map_weights(const bf16* w, size_t N, size_t K, size_t layers) {
+        unsigned chunks = unsigned(std::min<size_t>(kPieceChunks / 2, K / 64));
+        return map_tensor(w, {64, N, K / 64, layers}, {K, 64, N * K}, {64, 8, chunks, 1},
+                          CU_TENSOR_MAP_SWIZZLE_128B);
+    }
+
+    // Of four dimensions, the innermost first; strides: of the others, in numbers.
+    static CUtensorMap map_tensor(const bf16* from, std::array<cuuint64_t, 4> sizes,
+                                  std::array<cuuint64_t, 3> strides, std::array<cuuint32_t, 4> box,
+                                  CUtensorMapSwizzle swizzle) {
+        CUtensorMap map;
+        void* encode;
+        cudaDriverEntryPointQueryResult found;
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                               cudaEnableDefault, &found), "tensor map");
+        for (cuuint64_t& stride : strides) stride *= sizeof(bf16);
+        const cuuint32_t ones[] = {1, 1, 1, 1};
+        if (decltype(&cuTensorMapEncodeTiled)(encode)(
+                &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void*)from, sizes.data(),
+                strides.data(), box.data(), ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+            fail("CUDA: no tensor map of ", sizes[3], " x ", sizes[2], " x ", sizes[1]);
+        return map;
+    }
+
+    // Slots of the ring of a step with so many columns.
+    int slots_beside(int columns) const {
+        auto floats = this->c.head_dim == 64 ? stream_floats<64> : stream_floats<128>;
+        int taken = floats(this->c, columns, blocks, 3) * int(sizeof(float)) + 1024;
+        return std::min((shared_bytes - taken) / kSlotBytes, kMaxSlots);
+    }
+
+    decltype(&stream_step<64>) kernel;
+    int blocks = 0, shared_bytes = 0, streamed_rows = 0, streamed_steps = 0;
+    const bool on;
+    std::optional<StreamArguments> arguments;
+    StreamMaps maps;
+    size_t words_bytes = 0;
+    typename Base::template Array<char> words;
+    typename Base::template Array<float> norms;
+};
 
 }  // namespace cuda
