@@ -2,7 +2,8 @@
 # CXX, CXXFLAGS and LDFLAGS are respected.
 
 SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
-PARTS    := docs/forks/gpu.hpp docs/forks/stream.hpp docs/forks/batch.hpp
+PARTS    := docs/chapters/fast-draw.cuh docs/forks/gpu.hpp docs/forks/stream.hpp \
+            docs/forks/batch.hpp
 FORKS    := $(patsubst docs/forks/%.cu,build/forks/%,$(wildcard docs/forks/*.cu))
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
@@ -34,7 +35,7 @@ define compile_gpu
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build forks gpu model test test-gpu test-sanitize docs-check guide lines \
+.PHONY: help demo build forks gpu model test test-team test-gpu test-sanitize docs-check guide lines \
     packages tools browser clean distclean
 
 help:
@@ -141,6 +142,15 @@ test: build/tests nanocu forks build/guide/record tools browser $(QWEN3) $(MODEL
 test-sanitize: build/nanocu-sanitize forks tools browser $(QWEN3)  ## the same under ASan and UBSan
 test-sanitize: build/tests-sanitize $(MODEL)/config.json $(OPENAI)
 	$(call run_tests,build/tests-sanitize -tce="demo model: greedy*",build/nanocu-sanitize)
+
+# libgomp's own waiting would look like races, so this is without OpenMP.
+test-team: build/test-team  ## what is written for a GPU's thread blocks, by CPU threads under TSan
+	TSAN_OPTIONS=halt_on_error=1 build/test-team $(ARGS)
+
+build/test-team: tests/team.cpp tests/team.hpp $(SOURCES) | packages
+	@mkdir -p $(@D)
+	$(CXX) $(filter-out -fopenmp,$(FLAGS)) -Wno-unknown-pragmas -O1 $(CHECKED) -fsanitize=thread \
+	    -DNANOCU_TEAM_ALONE $(CXXFLAGS) $< $(LDFLAGS) -o $@
 
 # The binary may come from another machine: it is built only where it is not there. racecheck breaks
 # down in cuBLAS, so it sees the steps that do without.
