@@ -2,7 +2,7 @@
 # CXX, CXXFLAGS and LDFLAGS are respected.
 
 SOURCES  := nano.cu model.hpp cache.hpp sampler.hpp
-PARTS    := $(wildcard docs/nanocu.cu docs/chapters/* docs/commands/*.* docs/forks/*)
+PARTS    := $(wildcard docs/nanocu.cu docs/chapters/* docs/commands/*.*)
 TESTS    := $(filter-out tests/gpu.cpp tests/all_gpu.cpp,$(wildcard tests/*.cpp tests/*.hpp))
 MODEL    := models/smollm2
 PREFIX   := /usr/local
@@ -43,8 +43,8 @@ endef
 comma := ,
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build plain gpu install model test test-exercises test-gpu test-sanitize docs-check \
-    guide lines packages tools browser clean distclean
+.PHONY: help demo build plain gpu install model test test-exercises test-team test-gpu test-sanitize \
+    docs-check guide lines packages tools browser clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -152,6 +152,15 @@ test: build/tests nanocu nanocu-serve build/guide/record tools browser $(QWEN3) 
 test-sanitize: build/sanitize/nanocu build/sanitize/nanocu-serve tools browser $(QWEN3)  ## the same under ASan and UBSan
 test-sanitize: build/sanitize/tests $(MODEL)/config.json $(OPENAI)
 	$(call run_tests,build/sanitize/tests -tce="demo model: greedy*",build/sanitize/nanocu)
+
+# libgomp's own waiting would look like races, so this is without OpenMP.
+test-team: build/test-team  ## what is written for a GPU's thread blocks, by CPU threads under TSan
+	TSAN_OPTIONS=halt_on_error=1 build/test-team $(ARGS)
+
+build/test-team: tests/team.cpp tests/team.hpp $(SOURCES) | packages
+	@mkdir -p $(@D)
+	$(CXX) $(filter-out -fopenmp,$(FLAGS)) -Wno-unknown-pragmas -O1 $(CHECKED) -fsanitize=thread \
+	    -DNANOCU_TEAM_ALONE $(CXXFLAGS) $< $(LDFLAGS) -o $@
 
 # The binary may come from another machine: it is built only where it is not there. racecheck breaks
 # down in cuBLAS, so it sees the steps that do without.

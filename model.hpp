@@ -11,7 +11,6 @@
 #pragma once
 
 #include <fcntl.h>
-#include <immintrin.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #include <utf8proc.h>
@@ -34,7 +33,7 @@
 using nlohmann::json;
 using std::string, std::vector;
 
-constexpr int kMaxDimension = 1 << 24;  // of any size or id in a file; no real model comes near it
+constexpr int kMaxDimension = 1 << 24;  // no file may have a larger size or id; no real one has
 
 inline string str(const auto&... args) { return (std::ostringstream() << ... << args).str(); }
 [[noreturn]] inline void fail(const auto&... args) { throw std::runtime_error(str(args...)); }
@@ -45,33 +44,36 @@ inline string read_file(const string& path) {
     return str(in.rdbuf());
 }
 
-// Parses JSON. Nothing real is nested over 64 deep, and what is would overflow the stack when
-// copied. keys: receives the number of keys of the outermost object, equal ones counted each.
+// Parses JSON. It refuses what is nested over 64 deep, as no real file is: a copy of it would
+// overflow the stack. keys: receives how many keys the outermost object has, equal ones included.
 inline json parse_json(std::string_view text, size_t* keys = nullptr) {
     int depth = 0;
     bool quoted = false;
     for (size_t i = 0; i < text.size(); i++) {
-        if (text[i] == '"') quoted = !quoted;
-        if (quoted) i += text[i] == '\\';
-        else depth += (text[i] == '[' || text[i] == '{') - (text[i] == ']' || text[i] == '}');
-        if (keys && !quoted && depth == 1) *keys += text[i] == ':';
+        char c = text[i];
+        if (c == '"') quoted = !quoted;
+        if (quoted && c == '\\') i++;
+        if (quoted) continue;
+        if (c == '[' || c == '{') depth++;
+        if (c == ']' || c == '}') depth--;
+        if (keys && depth == 1 && c == ':') ++*keys;
         if (depth > 64) fail("JSON: nested over 64 deep; is this the right file?");
     }
     return json::parse(text);
 }
 
-// Runs work; whatever is wrong becomes one line that begins with the file's path.
+// Runs work. What it throws becomes an error of one line that begins with the file's path.
 void in_file(const string& path, auto work) {
     try {
         work();
-    } catch (const json::exception& e) {  // broken JSON or a wrong type; [its kind] comes first
+    } catch (const json::exception& e) {  // broken JSON or a wrong type; begins with "[kind] "
         fail(path, ": ", strchr(e.what(), ']') + 2, "; is the download complete?");
     } catch (const std::exception& e) {
         fail(path, ": ", e.what());
     }
 }
 
-// Calls load(what the file holds). optional: a file that does not exist is passed over.
+// Calls load with the JSON in a file. optional: the file need not exist.
 void with_json(const string& path, auto load, bool optional = false) {
     if (optional && !std::filesystem::exists(path)) return;
     string text = read_file(path);
@@ -83,13 +85,13 @@ inline void need_folder(const string& folder) {
         fail(folder, ": no such folder; give one with config.json and model.safetensors");
 }
 
-// j[key], or fallback where it is missing or null.
+// j[key], or fallback if j has no such key, or null there.
 auto value_or(const json& j, const string& key, auto fallback) {
     return j.contains(key) && !j[key].is_null() ? j[key].get<decltype(fallback)>() : fallback;
 }
 
-// Refuses by name what is not built: where one of these keys is there, nothing else will do.
-// whose: begins the message.
+// Refuses what is not built: if j has one of these keys, it must have this value. The error begins
+// with whose and names the key.
 inline void only(const json& j, const std::map<string, json>& built, const string& whose = "") {
     for (const auto& [key, value] : built)
         if (value_or(j, key, value) != value) fail(whose, key, " ", j[key], " is not supported");
@@ -106,9 +108,9 @@ struct Config {
     int context;                 // most positions: 8192
     float norm_eps;
     bool tied;                   // lm_head is the embedding
-    vector<float> inv_freq;      // [HD / 2], rotary frequencies, scaling applied
+    vector<float> inv_freq;      // [HD / 2], rotary frequencies, scaled already
     std::set<int> eos;           // any of these ids ends a text
-    // what generation_config.json wants; 0, and 1 for top_p and repetition_penalty, is off
+    // what generation_config.json wants; 0 is off, for top_p and repetition_penalty 1 is
     float temperature = 0, top_k = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
 
     int q_dim() const { return heads * head_dim; }
@@ -116,9 +118,9 @@ struct Config {
     int qkv_dim() const { return q_dim() + 2 * kv_dim(); }
 };
 
-// Frequencies of rotary position embedding (Su et al. 2021), in float as transformers computes
-// them, with Llama 3.1's scaling: long wavelengths are stretched by factor, those between
-// are blended.
+// Reads the frequencies of rotary position embedding (Su et al. 2021), in float as transformers
+// computes them. Llama 3.1 scales them: it divides low frequencies by a factor, leaves high ones as
+// they are, and blends the two between.
 inline void read_rope(const json& j, Config& c) {
     // transformers 5 keeps theta and scaling in rope_parameters, 4 keeps them apart
     json rope = value_or(j, "rope_parameters", value_or(j, "rope_scaling", json::object()));
@@ -131,13 +133,13 @@ inline void read_rope(const json& j, Config& c) {
     float factor = rope.at("factor"), low = rope.at("low_freq_factor");
     float high = rope.at("high_freq_factor"), old = rope.at("original_max_position_embeddings");
     for (float& f : c.inv_freq) {
-        float turns = old * f / float(2 * M_PI);  // in the context before scaling
+        float turns = old * f / float(2 * M_PI);  // in a context of the length before scaling
         float keep = std::clamp((turns - low) / (high - low), 0.0f, 1.0f);
         f = (1 - keep) * f / factor + keep * f;
     }
 }
 
-// Sizes and family; what would change the result and is not built is refused by name.
+// Reads sizes and family, and refuses by name what is not built and would change the result.
 inline void read_config(const json& j, Config& c) {
     static const std::map<string, string> families = {
         {"LlamaForCausalLM", "llama"}, {"MistralForCausalLM", "mistral"},
@@ -160,7 +162,8 @@ inline void read_config(const json& j, Config& c) {
     c.context = size("max_position_embeddings");
     c.norm_eps = value_or(j, "rms_norm_eps", 1e-6f);
     c.tied = value_or(j, "tie_word_embeddings", false);
-    const char* window = c.type[0] == 'q' ? "use_sliding_window" : "sliding_window";
+    bool qwen = c.type.starts_with("qwen");  // has a size of window, and a switch for it
+    const char* window = qwen ? "use_sliding_window" : "sliding_window";
     only(j, {{"hidden_act", "silu"}, {"attention_bias", false}, {"mlp_bias", false},
              {"partial_rotary_factor", 1.0}, {"quantization_config", nullptr}, {window, false}});
     for (const json& type : value_or(j, "layer_types", json()))
@@ -176,12 +179,16 @@ inline Config load_config(const string& folder) {
     auto add_eos = [&](const json& j) {
         for (const json& id : value_or(j, "eos_token_id", json())) c.eos.insert(id.get<int>());
     };
-    with_json(folder + "/config.json", [&](const json& j) { read_config(j, c), add_eos(j); });
+    with_json(folder + "/config.json", [&](const json& j) {
+        read_config(j, c);
+        add_eos(j);
+    });
     with_json(folder + "/generation_config.json", [&](const json& j) {
         add_eos(j);
-        // transformers' rule: greedy, unless do_sample or a temperature asks for more
-        float t = value_or(j, "temperature", -1.0f);
-        c.temperature = !value_or(j, "do_sample", t >= 0) ? 0 : t < 0 ? 1 : t;
+        // as in transformers: the likeliest id, unless do_sample or a temperature asks for a draw
+        bool has_temperature = value_or(j, "temperature", -1.0f) >= 0;
+        bool draws = value_or(j, "do_sample", has_temperature);
+        if (draws) c.temperature = has_temperature ? j["temperature"].get<float>() : 1;
         c.top_k = value_or(j, "top_k", 0.0f);
         c.top_p = value_or(j, "top_p", 1.0f);
         c.min_p = value_or(j, "min_p", 0.0f);
@@ -193,28 +200,32 @@ inline Config load_config(const string& folder) {
 // ---------------------------------------------------------------------------------------------
 // UTF-8
 
-// The first character of s: its length if it is whole and valid; 0 if s ends inside it; else minus
-// the number of bytes that one U+FFFD stands for (Unicode standard, table 3-7).
+// The length of the first character of s, if it is whole and valid; 0 if s ends inside it; else
+// minus the number of bytes that one U+FFFD stands for (Unicode standard, table 3-7).
 inline int utf8_char(std::string_view s) {
-    for (int n = std::min(4, int(s.size())); n > 0; n--)
-        for (const char* rest : {"\x80\x80\x80", "\xBF\xBF\xBF"}) {  // one fits all that can go on
+    for (int n = std::min(4, int(s.size())); n > 0; n--) {
+        // If n bytes are a character or the beginning of one, one of these makes it whole.
+        for (const char* rest : {"\x80\x80\x80", "\xBF\xBF\xBF"}) {
             string whole = string(s.substr(0, n)) + rest;
             int code;
             auto length = utf8proc_iterate((utf8proc_uint8_t*)whole.data(), whole.size(), &code);
-            if (length > 0) return length <= n ? int(length) : n < int(s.size()) ? -n : 0;
+            if (length <= 0) continue;
+            if (length <= n) return int(length);
+            return n < int(s.size()) ? -n : 0;
         }
+    }
     return -1;
 }
 
-// Moves the whole characters at the front of bytes to the end of text, bad ones as U+FFFD. What may
-// still become a character stays in bytes, unless this is the end.
+// Moves whole characters from the front of bytes to the end of text, and U+FFFD for bytes that are
+// none. An unfinished character stays in bytes, unless this is the end.
 inline void utf8_take(string& bytes, string& text, bool end) {
     size_t i = 0;
     while (i < bytes.size()) {
         int n = utf8_char(std::string_view(bytes).substr(i));
         if (n == 0 && !end) break;
         text += n > 0 ? bytes.substr(i, n) : "\xEF\xBF\xBD";
-        i += n ? std::abs(n) : bytes.size() - i;
+        i += n != 0 ? std::abs(n) : bytes.size() - i;
     }
     bytes.erase(0, i);
 }
@@ -241,7 +252,8 @@ inline Regex compile(string pattern) {
     return regex;
 }
 
-// Calls found(part, matches) for every match and for what is between, from left to right.
+// Cuts text at every match: calls found(piece, matches) for the matches and for what is between
+// them, from left to right.
 void split(const Regex& regex, std::string_view text, auto found) {
     std::shared_ptr<pcre2_match_data> match(pcre2_match_data_create(1, nullptr),
                                             pcre2_match_data_free);
@@ -264,7 +276,9 @@ void split(const Regex& regex, std::string_view text, auto found) {
 // The last match in text, or "".
 inline string find_last(const Regex& regex, std::string_view text) {
     string last;
-    split(regex, text, [&](std::string_view part, bool matches) { if (matches) last = part; });
+    split(regex, text, [&](std::string_view piece, bool matches) {
+        if (matches) last = piece;
+    });
     return last;
 }
 
@@ -272,15 +286,22 @@ class Tokenizer {
 public:
     int eos = -1;  // from tokenizer_config.json, if it names one
 
-    // Reads folder/tokenizer.json. What it asks for and is not built is refused by name.
+    // Reads folder/tokenizer.json, and refuses by name what it asks for and is not built.
     explicit Tokenizer(const string& folder) {
+        // GPT-2 writes each byte as a character: the printable ones of Latin-1 as themselves, the
+        // others as the characters from U+0100 on, in their order
         byte_of.fill(-1);
-        for (int b = 0, next = 0x100; b < 256; b++)
-            byte_of[(b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++] = b;
+        int next = 0x100;
+        for (int b = 0; b < 256; b++) {
+            bool printable = (b > 32 && b < 127) || (b > 160 && b != 173);
+            byte_of[printable ? b : next++] = b;
+        }
         with_json(folder + "/tokenizer.json", [&](const json& j) {
             load_vocabulary(j.at("model"));
-            for (const char* stage : {"normalizer", "pre_tokenizer", "post_processor"})
-                if (json part = value_or(j, stage, json()); !part.is_null()) add_part(stage, part);
+            for (const char* kind : {"normalizer", "pre_tokenizer", "post_processor"}) {
+                json stage = value_or(j, kind, json());
+                if (!stage.is_null()) add_stage(kind, stage);
+            }
             add_tokens(value_or(j, "added_tokens", json()));
         });
         with_json(folder + "/tokenizer_config.json", [&](const json& j) {
@@ -288,25 +309,25 @@ public:
         }, true);
     }
 
-    // The text of a token that tokenizer_config.json names: a string, or an object around it.
+    // The text of a token in tokenizer_config.json, where it is a string or an object around one.
     static string token_text(const json& config, const char* key) {
         json token = value_or(config, key, json(""));
         return token.is_object() ? token.at("content") : token;
     }
 
     // text -> ids; invalid UTF-8 is an error with its offset. special: add what the post-processor
-    // adds (bos). Special strings inside the text become their ids, as in Hugging Face.
+    // adds, such as bos. Where the text holds an added token, it becomes that id, special or not.
     vector<int> encode(std::string_view text, bool special = false) const {
         vector<int> ids = special ? prefix : vector<int>();
-        split(any_added, text, [&](std::string_view part, bool matches) {
-            if (matches) ids.push_back(find(added, string(part)));
-            else encode_words(part, ids);
+        split(any_added, text, [&](std::string_view piece, bool matches) {
+            if (matches) ids.push_back(find(added, string(piece)));
+            else encode_words(piece, ids);
         });
         if (special) ids.insert(ids.end(), suffix.begin(), suffix.end());
         return ids;
     }
 
-    // ids -> text; what is no UTF-8 becomes U+FFFD.
+    // ids -> text, with U+FFFD for what is not UTF-8.
     string decode(std::span<const int> ids) const {
         string raw, text;
         for (int id : ids) raw += bytes(id);
@@ -314,33 +335,33 @@ public:
         return text;
     }
 
-    // The bytes that an id stands for; none for an id that the vocabulary leaves out.
-    string bytes(int id) const { return id >= 0 && id < int(pieces.size()) ? pieces[id] : ""; }
+    // The bytes that an id stands for; none if the vocabulary has no such id.
+    string bytes(int id) const { return id >= 0 && id < int(tokens.size()) ? tokens[id] : ""; }
     bool is_special(int id) const { return specials.count(id) > 0; }
 
 private:
-    std::array<int, 0x200> byte_of;                // of GPT-2's characters; -1: none
-    vector<string> pieces;                         // id -> bytes
+    std::array<int, 0x200> byte_of;                // character -> byte; -1: it stands for none
+    vector<string> tokens;                         // id -> bytes
     std::unordered_map<string, int> vocab;         // bytes -> id
-    std::map<string, int, std::greater<>> added;   // text -> id; before "a" comes "ab"
+    std::map<string, int, std::greater<>> added;   // text -> id; "ab" stands before "a"
     std::unordered_map<uint64_t, int> ranks;       // pair(left id, right id) -> rank of its merge
     vector<int> merged;                            // rank -> id
     std::set<int> specials;
     Regex any_added = compile("(?!)");
-    bool nfc = false;            // normalize to this form
-    vector<Regex> splits;        // what matches stands alone, and what is between
+    bool nfc = false;            // normalize text to this form
+    vector<Regex> splits;        // cut text into words, one after the other
     vector<int> prefix, suffix;  // what the post-processor adds
-    bool ignore_merges = false;  // a word in the vocabulary is one id
+    bool ignore_merges = false;  // a word that is in the vocabulary is one id
 
     static uint64_t pair(int left, int right) { return uint64_t(left) << 32 | uint32_t(right); }
 
-    static int find(const auto& map, const auto& key) {  // -1: not there
+    // map[key], or -1.
+    static int find(const auto& map, const auto& key) {
         auto found = map.find(key);
         return found == map.end() ? -1 : found->second;
     }
 
-    // GPT-2 writes each byte as a printable character: itself, or the next free one from U+0100 on.
-    // Undoes that; a text with any other character stays as it is.
+    // The bytes that GPT-2's characters stand for. A text with any other character stays as it is.
     string from_byte_level(const string& text) const {
         string out;
         for (size_t i = 0; i < text.size();) {
@@ -352,10 +373,10 @@ private:
         return out;
     }
 
-    const string& add_piece(const string& text, int id) {
+    const string& add_token(const string& text, int id) {
         if (id < 0 || id >= kMaxDimension) fail("id ", id, " is out of range");
-        if (id >= int(pieces.size())) pieces.resize(id + 1);
-        return pieces[id] = from_byte_level(text);
+        if (id >= int(tokens.size())) tokens.resize(id + 1);
+        return tokens[id] = from_byte_level(text);
     }
 
     void load_vocabulary(const json& j) {
@@ -363,8 +384,9 @@ private:
                  {"continuing_subword_prefix", ""}});
         ignore_merges = value_or(j, "ignore_merges", false);
         const json &words = j.at("vocab"), &merges = j.at("merges");
-        vocab.reserve(words.size()), ranks.reserve(merges.size());
-        for (const auto& [text, id] : words.items()) vocab[add_piece(text, id)] = id;
+        vocab.reserve(words.size());
+        ranks.reserve(merges.size());
+        for (const auto& [text, id] : words.items()) vocab[add_token(text, id)] = id;
         for (const json& merge : merges) {  // "a b", or ["a", "b"] in newer files
             string text = merge.is_string() ? string(merge)
                                             : string(merge.at(0)) + " " + string(merge.at(1));
@@ -378,34 +400,44 @@ private:
         }
     }
 
-    // What is done before the merges or behind them; a Sequence is a list of such parts.
-    void add_part(const string& stage, const json& j) {
+    // What is done before the merges or behind them, of one kind; a Sequence is a list of stages.
+    void add_stage(const string& kind, const json& j) {
         static const char* gpt2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+|"
                                   " ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
-        string part = stage + " " + j.at("type").get<string>();
-        if (part == stage + " Sequence") {
-            for (const json& list : j)
-                if (list.is_array()) for (const json& one : list) add_part(stage, one);
-        } else if (part == "normalizer NFC") {
+        string stage = kind + " " + j.at("type").get<string>();
+        if (stage == kind + " Sequence") {
+            for (const json& list : j) {
+                if (!list.is_array()) continue;
+                for (const json& one : list) add_stage(kind, one);
+            }
+        } else if (stage == "normalizer NFC") {
             nfc = true;
-        } else if (part == "pre_tokenizer Split" && j.at("pattern").contains("Regex")) {
+        } else if (stage == "pre_tokenizer Split" && j.at("pattern").contains("Regex")) {
             only(j, {{"behavior", "Isolated"}, {"invert", false}});
             splits.push_back(compile(j["pattern"]["Regex"]));
-        } else if (part == "pre_tokenizer Digits") {
+        } else if (stage == "pre_tokenizer Digits") {
             splits.push_back(compile(j.at("individual_digits") ? "\\p{N}" : "\\p{N}+"));
-        } else if (part == "pre_tokenizer ByteLevel") {
+        } else if (stage == "pre_tokenizer ByteLevel") {
             only(j, {{"add_prefix_space", false}});
             if (value_or(j, "use_regex", true)) splits.push_back(compile(gpt2));
-        } else if (part == "post_processor TemplateProcessing") {
-            const json& tokens = j.at("special_tokens");
-            vector<int>* side = &prefix;
-            for (const json& piece : j.at("single")) {
-                if (piece.contains("Sequence")) side = &suffix;
-                else for (int id : tokens.at(piece.at("SpecialToken").at("id")).at("ids"))
-                    side->push_back(id);
+        } else if (stage == "post_processor TemplateProcessing") {
+            add_template(j);
+        } else if (stage != "post_processor ByteLevel") {  // that one only moves offsets
+            fail(kind, " ", j, " is not supported, byte-level BPE is");
+        }
+    }
+
+    // A list of special tokens, and the text ("Sequence") between them.
+    void add_template(const json& j) {
+        const json& special = j.at("special_tokens");
+        vector<int>* side = &prefix;
+        for (const json& one : j.at("single")) {
+            if (one.contains("Sequence")) {
+                side = &suffix;
+                continue;
             }
-        } else if (part != "post_processor ByteLevel") {  // that one moves offsets only
-            fail(stage, " ", j, " is not supported, byte-level BPE is");
+            const json& ids = special.at(one.at("SpecialToken").at("id")).at("ids");
+            for (int id : ids) side->push_back(id);
         }
     }
 
@@ -416,38 +448,39 @@ private:
             string text = token.at("content");
             only(token, plain, text + ": ");
             int id = added[text] = token.at("id");
-            add_piece(text, id);
+            add_token(text, id);
             if (value_or(token, "special", false)) specials.insert(id);
         }
-        string any;
+        string any;  // a pattern; what could mean something in it stands behind a backslash
         for (const auto& [text, id] : added) {
             any += '|';
-            for (char c : text) any += isalnum(c) || (c & 0x80) ? string(1, c) : string{'\\', c};
+            for (char c : text) any += isalnum(c) || (c & 0x80) ? string{c} : string{'\\', c};
         }
         if (!added.empty()) any_added = compile(any.substr(1));
     }
 
-    // text between added tokens: normalized, split into words, merged word by word.
+    // Encodes text between added tokens: normalizes it, splits it into words, merges in each word.
     void encode_words(std::string_view raw, vector<int>& ids) const {
         string text(raw);
         if (nfc) {
-            static const Regex absurd = compile("\\p{M}{256}");  // sorting n takes n^2 steps
+            // utf8proc sorts n combining marks in n^2 steps
+            static const Regex absurd = compile("\\p{M}{256}");
             if (find_last(absurd, raw) != "") fail("prompt: 256 combining marks; remove some");
             utf8proc_uint8_t* form = nullptr;
             const auto options = utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
             auto size = utf8proc_map((utf8proc_uint8_t*)raw.data(), raw.size(), &form, options);
-            text.assign((char*)form, size);  // cannot fail: the text is UTF-8, it has been split
+            text.assign((char*)form, size);  // size is no error: split has checked the UTF-8
             free(form);
         }
         vector<std::string_view> words = {text};
         for (const Regex& regex : splits)
             for (std::string_view word : std::exchange(words, {}))
-                split(regex, word, [&](std::string_view part, bool) { words.push_back(part); });
+                split(regex, word, [&](std::string_view piece, bool) { words.push_back(piece); });
         for (std::string_view word : words) merge(string(word), ids);
     }
 
-    // Joins the pair of lowest rank, the leftmost of equals, as long as there is one. A heap holds
-    // the pairs; a joined symbol stays at its first place: O(n log n) for a word of n bytes.
+    // Joins pairs of neighbouring symbols as long as there is one to join: of those of lowest rank
+    // the leftmost. A heap holds the pairs, so a word of n bytes takes O(n log n).
     void merge(const string& word, vector<int>& ids) const {
         int whole = ignore_merges ? find(vocab, word) : -1;
         if (whole >= 0) return ids.push_back(whole);
@@ -455,10 +488,12 @@ private:
         for (char byte : word) symbols.push_back(find(vocab, string(1, byte)));
         std::erase(symbols, -1);  // a byte without an id is left out, as in Hugging Face
         const int end = int(symbols.size());
-        vector<int> size(end, 1);  // in places, kept at a symbol's first and last one
+        // A joined symbol stands at the first of the places that it takes. size says how many these
+        // are, at the first and at the last of them.
+        vector<int> size(end, 1);
 
         std::priority_queue<std::pair<int, int>, vector<std::pair<int, int>>, std::greater<>> heap;
-        auto rank_at = [&](int at) {  // of joining this symbol and the next
+        auto rank_at = [&](int at) {  // of the pair of this symbol and the next; -1: none
             int right = at + size[at];
             return right < end ? find(ranks, pair(symbols[at], symbols[right])) : -1;
         };
@@ -469,7 +504,7 @@ private:
         while (!heap.empty()) {
             auto [rank, at] = heap.top();
             heap.pop();
-            if (rank_at(at) != rank) continue;  // out of date
+            if (rank_at(at) != rank) continue;  // the pair is gone
             int right = at + size[at], both = size[at] + size[right];
             symbols[at] = merged[rank];
             symbols[right] = -1;  // joins nothing
@@ -481,8 +516,8 @@ private:
     }
 };
 
-// Text that grows id by id. Nothing is given out that could still change: no half character, no
-// beginning of a stop string; a stop string itself never shows.
+// Text that grows id by id. It gives out nothing that could still change: no half character, and no
+// beginning of a stop string. It never gives out a stop string itself.
 struct TextStream {
     const Tokenizer* tokenizer;  // null gives no text at all
     vector<string> stops;        // none of them empty
@@ -492,44 +527,54 @@ struct TextStream {
     TextStream(const Tokenizer* tokenizer, vector<string> stops)
         : tokenizer(tokenizer), stops(std::move(stops)) {}
 
-    // Takes one more id (special ones have no text), or with last = true none: what is certain now.
-    string push(int id, bool last = false) {
+    // Adds an id (a special one has no text); returns the text that is certain by now.
+    string push(int id) {
+        if (tokenizer && !tokenizer->is_special(id)) raw += tokenizer->bytes(id);
+        return certain(false);
+    }
+    // Returns the rest of the text: no more ids come.
+    string finish() { return certain(true); }
+
+private:
+    string certain(bool last) {
         if (!tokenizer || stopped) return "";
-        if (!last && !tokenizer->is_special(id)) raw += tokenizer->bytes(id);
         utf8_take(raw, held, last);
-        size_t sure = held.size();
-        for (const string& stop : stops) sure = std::min(sure, held.find(stop));
-        stopped = sure < held.size();
-        for (size_t i = held.size(); i-- > 0 && !stopped && !last;)  // what may begin one
-            for (const string& stop : stops) if (stop.starts_with(held.substr(i))) sure = i;
-        string out = held.substr(0, sure);
-        held.erase(0, sure);
+        size_t size = held.size();  // of the text before a stop string, or what may become one
+        for (const string& stop : stops) size = std::min(size, held.find(stop));
+        stopped = size < held.size();
+        if (!stopped && !last)
+            for (size_t i = 0; i < size; i++)
+                for (const string& stop : stops)
+                    if (stop.starts_with(std::string_view(held).substr(i))) size = i;
+        string out = held.substr(0, size);
+        held.erase(0, size);
         return out;
     }
-    string finish() { return push(-1, true); }
 };
 
 // ---------------------------------------------------------------------------------------------
-// Chat: the two formats of the supported families, recognised from the template's text. Jinja is
-// not interpreted: what a known template does is written out here instead.
+// Chat: the formats of the supported families, which are two. Jinja is not interpreted: the text of
+// a template tells which format it writes, and that is written out here.
 
 struct Message {
     string role, content;  // role: system, user or assistant
 };
 
-// Without the white space at both ends, as Python's str.strip().
+// text without the white space at its ends, as Python's str.strip() has it.
 inline string trim(const string& text) {
     static const Regex content = compile("(?s)[^\\s\\x1C-\\x1F](.*[^\\s\\x1C-\\x1F])?");
     return find_last(content, text);
 }
 
 struct Chat {
-    bool thinking = true;  // Qwen3: false asks for an answer without a thought
-    bool llama, drops_thoughts;
-    string bos, default_system;
-    string dates;                    // Llama 3.1 and later: the first lines of the system message
-    string no_thought, begins_with;  // how an answer begins
-    string end_of_turn;              // what follows it
+    bool thinking = true;         // Qwen3: false asks for an answer without a thought
+    bool llama;                   // Llama 3's format, else ChatML
+    bool drops_thoughts;          // an answer's thoughts are left out of later turns
+    string bos, default_system;   // what a text begins with; the system message where none is given
+    string dates;                 // Llama 3.1 and later: the first lines of the system message
+    string begins_with;           // an answer begins with this,
+    string no_thought;            // then, without thinking, with this,
+    string end_of_turn;           // and ends with this
 
     // The template is chat_template.jinja, or chat_template in tokenizer_config.json.
     static Chat load(const string& folder) {
@@ -539,7 +584,8 @@ struct Chat {
             bos = Tokenizer::token_text(j, "bos_token");
             json list = value_or(j, "chat_template", json(""));  // a text, or several with names
             if (list.is_string()) list = {{{"name", "default"}, {"template", list}}};
-            for (const json& one : list) if (one.at("name") == "default") text = one.at("template");
+            for (const json& one : list)
+                if (one.at("name") == "default") text = one.at("template");
         }, true);
         if (std::filesystem::exists(jinja)) text = read_file(jinja);
         if (text.empty()) fail(folder, ": no chat template; use nanocu generate");
@@ -547,7 +593,7 @@ struct Chat {
     }
 
     Chat(const string& jinja, const string& bos_token) {
-        auto has = [&](const char* piece) { return jinja.find(piece) != string::npos; };
+        auto has = [&](const char* words) { return jinja.find(words) != string::npos; };
         llama = has("'<|start_header_id|>' + message") && has("trim");
         drops_thoughts = has("</think>");
         if (has("'<think>\\n\\n</think>\\n\\n'")) no_thought = "<think>\n\n</think>\n\n";
@@ -563,12 +609,12 @@ struct Chat {
             if (has("strftime_now")) date = str(std::put_time(localtime(&now), "%d %b %Y"));
             dates = "Cutting Knowledge Date: December 2023\nToday Date: " + date + "\n\n";
         }
-        // ChatML's default system text stands in the template; its newline may be written as \n
+        // a ChatML template holds its default system text; a newline may be written in it as \n
         Regex system = compile("<\\|im_start\\|>system(\n|\\\\n)\\K[^'\"{}]+(?=<\\|im_end\\|>)");
         if (!llama) default_system = find_last(system, jinja);
     }
 
-    // The messages, and the beginning of an answer to the last, which must be the user's.
+    // All messages, and the beginning of an answer to the last, which has to be the user's.
     string render(const vector<Message>& messages) const {
         if (messages.empty() || messages.back().role != "user")
             fail("chat: the last message must be the user's");
@@ -583,7 +629,8 @@ struct Chat {
         return text + user_turn(messages.back().content);
     }
 
-    // The parts of a rendering, for a conversation that grows turn by turn. system may be null.
+    // A rendering is an opening, turns, and the user's turn. A conversation grows by the last of
+    // them. system may be null.
     string opening(const string* system) const {
         string text = system ? *system : default_system;
         if (!dates.empty()) return bos + header("system") + dates + trim(text) + end_of_turn;
@@ -594,13 +641,12 @@ struct Chat {
         return turn("user", text) + answer;
     }
 
-    // The parts of a message.
     string header(const string& role) const {
         if (llama) return "<|start_header_id|>" + role + "<|end_header_id|>\n\n";
         return "<|im_start|>" + role + "\n";
     }
     string turn(const string& role, string content) const {
-        size_t end = content.rfind("</think>");  // Qwen3: earlier thoughts are left out
+        size_t end = content.rfind("</think>");
         if (role == "assistant" && drops_thoughts && end != string::npos)
             content.erase(0, content.find_first_not_of('\n', end + 8));
         return header(role) + (llama ? trim(content) : content) + end_of_turn;
@@ -608,8 +654,9 @@ struct Chat {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Weights: the tensors of *.safetensors by name. Such a file is a 64-bit little-endian length, that
-// many bytes of JSON, and the data; what the header says is checked before any of it is used.
+// Weights: the tensors of *.safetensors by name. Such a file holds the length of its header (64
+// bits, little-endian), the header in JSON, and the data. What the header says is checked before it
+// is used.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -639,7 +686,13 @@ struct bf16 {
     }
 };
 
-inline float f16_to_float(uint16_t h) { return _cvtsh_ss(h); }
+inline float f16_to_float(uint16_t half) {
+    uint32_t sign = half >> 15, exponent = half >> 10 & 31, fraction = half & 1023;
+    uint32_t bits = (exponent + 112) << 23 | fraction << 13;  // 112: from bias 15 to bias 127
+    if (exponent == 0) bits = std::bit_cast<uint32_t>(float(fraction) * 0x1p-24f);  // subnormal
+    if (exponent == 31) bits = 0x7F800000 | fraction << 13;                         // inf, NaN
+    return std::bit_cast<float>(sign << 31 | bits);
+}
 
 // [rows, cols], bf16, row-major.
 struct Matrix {
@@ -650,11 +703,11 @@ struct Matrix {
 
 class Weights {
 public:
-    uint64_t bytes = 0;  // of all tensors asked for, as bf16
-    string rounded;      // the dtype that was rounded to bf16, if any
+    uint64_t bytes = 0;  // of all tensors that were asked for, as bf16
+    string rounded;      // the dtype that was rounded to bf16; empty: none was
 
-    // Maps folder/model.safetensors or the shards of its index. dummy: maps nothing, and any tensor
-    // asked for is random.
+    // Maps folder/model.safetensors, or the files that its index names. dummy: maps nothing; every
+    // tensor is made of random numbers.
     Weights(const string& folder, bool dummy) : folder(folder), dummy(dummy) {
         if (dummy) return;
         std::set<string> files = {"model.safetensors"};
@@ -666,8 +719,8 @@ public:
         for (const string& file : files) in_file(folder + "/" + file, [&] { map_file(file); });
     }
 
-    // The tensor of this name and shape: in the mapping if the file holds bf16, else rounded into
-    // memory of its own. Lives as long as this object.
+    // The tensor of this name and shape, in the mapped file if that holds bf16, else rounded in
+    // memory of our own; for as long as this object lives.
     Matrix get(const string& name, int rows, int cols) {
         return {find(name, {rows, cols}, uint64_t(rows) * cols), rows, cols};
     }
@@ -681,13 +734,7 @@ public:
 private:
     const bf16* find(const string& name, const json& shape, uint64_t count) {
         bytes += count * sizeof(bf16);
-        uint64_t seed = memory.size() << 40;
-        // ones for norms, else uniform with deviation 0.02; the same in every run
-        if (dummy) return own(count, [=, ones = name.ends_with("norm.weight")](uint64_t i) {
-            uint64_t z = (seed + i) * 0x9E3779B97F4A7C15;  // splitmix64 (Steele et al. 2014)
-            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
-            return ones ? 1 : 0.0346f * float(int32_t(z >> 32)) / 0x1p31f;
-        });
+        if (dummy) return make_up(count, name.ends_with("norm.weight"));
         if (!tensors.count(name)) fail(folder, ": no tensor ", name, "; is a file missing?");
         const auto& [info, data] = tensors.at(name);
         if (info["shape"] != shape)
@@ -704,7 +751,17 @@ private:
         });
     }
 
-    // Memory of our own that holds value(i), rounded.
+    // Ones for norms, else random numbers, uniform with deviation 0.02; the same in every run.
+    const bf16* make_up(uint64_t count, bool ones) {
+        uint64_t seed = memory.size() << 40;
+        return own(count, [=](uint64_t i) {
+            uint64_t z = (seed + i) * 0x9E3779B97F4A7C15;  // splitmix64 (Steele et al. 2014)
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+            return ones ? 1 : 0.0346f * float(int32_t(z >> 32)) / 0x1p31f;
+        });
+    }
+
+    // Makes memory of our own that holds value(0), value(1), ..., rounded to bf16.
     const bf16* own(uint64_t count, auto value) {
         bf16* out = new bf16[count];
         memory.emplace_back(out, std::default_delete<bf16[]>());
@@ -713,7 +770,7 @@ private:
         return out;
     }
 
-    // Errors are told with the file's path by in_file.
+    // The caller, by in_file, puts the file's path before an error.
     void map_file(const string& file) {
         string path = folder + "/" + file;
         if (file.find('/') != string::npos || !std::filesystem::is_regular_file(path))
@@ -732,9 +789,9 @@ private:
         read_header({text, length}, {text + length, size - 8 - length});
     }
 
-    // The tensors must fill data without overlap, hole or rest.
+    // Checks that the tensors fill data: none overlap, and nothing is left between or behind them.
     void read_header(std::string_view text, std::string_view data) {
-        size_t names = 0;  // the parser keeps the last of two equal names
+        size_t names = 0;  // with equal ones, of which the parser keeps only the last
         json header = parse_json(text, &names);
         if (names != header.size()) fail("two tensors of the same name; download it again");
         header.erase("__metadata__");
@@ -764,8 +821,8 @@ private:
 
     string folder;
     bool dummy;
-    std::map<string, std::pair<json, const char*>> tensors;  // the header's entry; the data
-    vector<std::shared_ptr<void>> memory;                    // of the files, and our own
+    std::map<string, std::pair<json, const char*>> tensors;  // name -> its header, its data
+    vector<std::shared_ptr<void>> memory;                    // mapped files, and our own
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -805,12 +862,13 @@ struct Model {
             l.up = weights.get(mlp + "up_proj.weight", c.intermediate, c.hidden);
             l.down = weights.get(mlp + "down_proj.weight", c.hidden, c.intermediate);
             for (const char* name : {"q_proj.bias", "k_proj.bias", "v_proj.bias"}) {
-                vector<float> part(name[0] == 'q' ? c.q_dim() : c.kv_dim());
-                if (c.type == "qwen2") part = weights.get(attn + name, int(part.size()));
-                l.bias.insert(l.bias.end(), part.begin(), part.end());
+                vector<float> bias(name[0] == 'q' ? c.q_dim() : c.kv_dim());
+                if (c.type == "qwen2") bias = weights.get(attn + name, int(bias.size()));
+                l.bias.insert(l.bias.end(), bias.begin(), bias.end());
             }
-            if (c.type == "qwen3") l.q_norm = weights.get(attn + "q_norm.weight", c.head_dim);
-            if (c.type == "qwen3") l.k_norm = weights.get(attn + "k_norm.weight", c.head_dim);
+            if (c.type != "qwen3") continue;
+            l.q_norm = weights.get(attn + "q_norm.weight", c.head_dim);
+            l.k_norm = weights.get(attn + "k_norm.weight", c.head_dim);
         }
     }
 };

@@ -2,6 +2,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "cache.cpp"
 #include "sampler.cpp"
+#include "team.cpp"
 #include "tokenizer.cpp"
 #include "text.cpp"
 #include "loader.cpp"

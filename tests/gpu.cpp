@@ -1,4 +1,4 @@
-// The GPU against the CPU: the draw, each op, whole models; and what does not fit. Run by
+// The GPU against the CPU: teams and their draws, each op, whole models; and what does not fit. Run by
 // `make test-gpu`.
 #include "common.hpp"
 
@@ -223,9 +223,58 @@ std::pair<size_t, size_t> memory() {
     return {free, total};
 }
 
+// Draws an id for each key by a team of one block.
+__global__ void __launch_bounds__(1024)
+draw_by_block(const DrawKey* keys, const float* logits, int V, int* drawn) {
+    extern __shared__ __align__(16) char scratch[];
+    Block team(scratch);
+    const DrawKey& key = keys[blockIdx.x];
+    int id = draw_id(team, logits + size_t(key.row) * V, V, key.sampling, key.sample, key.position);
+    if (id >= 0) drawn[blockIdx.x] = id;
+}
+
+// What a block's threads get from each other; sets bits of wrong where it is not right.
+__global__ void try_block(int* wrong) {
+    extern __shared__ __align__(16) char scratch[];
+    Block team(scratch);
+    const int n = team.size, r = team.rank, all = n * (n - 1) / 2;
+    auto right = [&](int bit, bool ok) {
+        if (!ok) atomicOr(wrong, 1 << bit);
+    };
+    right(0, team.sum(float(r)) == float(all));
+    right(1, team.max(float(r * 7 % n)) == float(n - 1));
+    right(2, team.max(-float(r) - 5) == -5);
+    uint64_t total, before = team.before(uint64_t(r) << 33, total);
+    right(3, before == uint64_t(r * (r - 1) / 2) << 33 && total == uint64_t(all) << 33);
+    for (int size = 1; size <= 32; size *= 2) {
+        Lanes lanes = team.group(size);
+        int first = r / size * size;
+        right(4, lanes.rank == r % size && lanes.size == size);
+        right(5, lanes.index == r / size && lanes.count == n / size);
+        right(6, lanes.sum(float(r)) == float(size * first + size * (size - 1) / 2));
+        right(7, lanes.max(float(r)) == float(first + size - 1) && lanes.max(-r) == -first);
+    }
+    auto& number = *(uint64_t*)scratch;
+    if (r == 0) number = 5;
+    team.barrier();
+    team.add(number, (uint64_t(r) << 20) + 0xFFFFFFFF);  // the lower halves carry
+    team.barrier();
+    right(8, number == 5 + (uint64_t(all) << 20) + n * 0xFFFFFFFFull);
+}
+
 }  // namespace
 
-TEST_CASE("gpu: the sampler draws what the plain one draws, for 10,000 cases") {
+TEST_CASE("gpu: a block's sums, maxima and groups") {
+    for (int threads : {32, 128, 512, 1024}) {
+        OnDevice<int> wrong(std::vector<int>(1));
+        try_block<<<1, threads, 16>>>(wrong.data);
+        check(cudaDeviceSynchronize(), "try_block");
+        CAPTURE(threads);
+        CHECK(wrong.get(1)[0] == 0);
+    }
+}
+
+TEST_CASE("gpu: a block and a cluster draw what one thread draws, for 10,000 cases") {
     std::mt19937 random(1);
     const int draws = 16;
     OnDevice<DrawScratch> scratch(std::vector<DrawScratch>(draws, DrawScratch{}));
@@ -267,13 +316,18 @@ TEST_CASE("gpu: the sampler draws what the plain one draws, for 10,000 cases") {
         check(cudaLaunchKernelEx(&config, draw_ids, these, scratch.data, those, V, blocks,
                                  drawn.data, host.data), "draw_ids");
         check(cudaDeviceSynchronize(), "sample");
-        auto ids = drawn.get(draws);
+        OnDevice<int> by_block(std::vector<int>(draws, -1));
+        draw_by_block<<<draws, 1024, kDrawScratch>>>(these, those, V, by_block.data);
+        check(cudaDeviceSynchronize(), "draw_by_block");
+        auto of_cluster = drawn.get(draws), of_block = by_block.get(draws);
         for (int i = 0; i < draws; i++) {
             cases++;
-            if (ids[i] != expected[i] && wrong++ < 10)
+            if (of_cluster[i] == expected[i] && of_block[i] == expected[i]) continue;
+            if (wrong++ < 10)
                 MESSAGE(V, " draw ", i, ", ties ", ties, " k ", keys[i].sampling.top_k, " p ",
                         keys[i].sampling.top_p, " m ", keys[i].sampling.min_p, " t ",
-                        keys[i].sampling.temperature, ": ", ids[i], " not ", expected[i]);
+                        keys[i].sampling.temperature, ": cluster ", of_cluster[i], ", block ",
+                        of_block[i], ", not ", expected[i]);
         }
     }
     CHECK(cases >= 10000);

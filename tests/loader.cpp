@@ -394,7 +394,10 @@ TEST_CASE("F32 and F16 weights are rounded to bf16, which is said") {
         as_f32(std::bit_cast<float>(bits + (bits & 0x10000 ? 0x7FFF : 0x8000)), out);
     }) == expected);
     auto f16 = found("F16", [](float f, string& out) {  // exact down to 2^-17
-        uint16_t half = _cvtss_sh(f, 0);
+        int exponent = std::ilogb(f);  // 2^exponent <= |f|; a subnormal half has 2^-14 for it
+        uint16_t half = uint16_t(std::nearbyint(std::ldexp(std::abs(f), 10 - std::max(exponent, -14))));
+        if (exponent >= -14) half += uint16_t(exponent + 14) << 10;
+        half |= std::signbit(f) << 15;
         out.append((const char*)&half, 2);
     });
     for (size_t i = 0; i < expected.size(); i++) {
@@ -403,12 +406,18 @@ TEST_CASE("F32 and F16 weights are rounded to bf16, which is said") {
     }
 }
 
-TEST_CASE("conversions to and from bf16 and f16 are those of the hardware") {
+TEST_CASE("conversions to and from bf16 and f16 are exact or rounded to the nearest, for all numbers") {
     int wrong = 0;
     for (uint32_t i = 0; i < 0x10000; i++) {
-        float ours = f16_to_float(uint16_t(i)), theirs = _cvtsh_ss(uint16_t(i));
-        if (std::isnan(theirs)) wrong += !std::isnan(ours);
-        else wrong += ours != theirs || std::signbit(ours) != std::signbit(theirs);
+        // by the definition of IEEE 754's binary16
+        int sign = i >> 15 ? -1 : 1, exponent = i >> 10 & 31, fraction = i & 1023;
+        double expected = exponent == 0 ? std::ldexp(fraction, -24)
+                                        : std::ldexp(1024 + fraction, exponent - 25);
+        if (exponent == 31) expected = fraction ? NAN : INFINITY;
+        float ours = f16_to_float(uint16_t(i));
+        if (std::isnan(expected)) wrong += !std::isnan(ours);
+        else wrong += ours != sign * expected;
+        wrong += std::signbit(ours) != (sign < 0);
         float wide = std::bit_cast<bf16>(uint16_t(i));
         wrong += !std::isnan(wide) && bf16(wide).bits != i;
     }

@@ -94,7 +94,8 @@ double deviate(const std::vector<int>& counts, const std::vector<double>& probab
 // Which ids the cuts of s leave, in this order.
 static std::vector<int> kept_of(const std::vector<float>& logits, const std::vector<int>& order,
                                 const Sampling& s) {
-    OneThread team;
+    alignas(16) char scratch[kDrawScratch];
+    OneThread team(scratch);
     Candidates c = candidates(team, logits.data(), int(logits.size()), s);
     std::vector<int> kept;
     for (int id : order) {

@@ -142,11 +142,10 @@ __device__ int draw_listed(Block& block, Candidates c, const volatile int* list,
     return before <= number && number < before + weight ? id : -1;
 }
 
-// draw_id by a cluster.
-__device__ int draw_by_cluster(Cluster& team, const float* logits, int V, const Sampling& s,
-                               int sample, int position) {
-    if (s.temperature == 0 || s.top_k == 0 || s.top_k >= V || s.top_k > kListedTopK)
-        return draw_id(team, logits, V, s, sample, position);
+// Draws by the list, if top-k is given and small and the list holds what it keeps. -2: it does not.
+__device__ int draw_by_list(Cluster& team, const float* logits, int V, const Sampling& s,
+                            int sample, int position) {
+    if (s.temperature == 0 || s.top_k == 0 || s.top_k >= V || s.top_k > kListedTopK) return -2;
     uint64_t largest = 0;
     visit(logits, team.rank, V, team.size, [&](int id, float logit) {
         uint64_t key = order_key(logit, id);
@@ -154,7 +153,7 @@ __device__ int draw_by_cluster(Cluster& team, const float* logits, int V, const 
     });
     int best = int(~uint32_t(team.max(largest)));
     int count = list_likeliest(team, logits, V, largest, s.top_k);
-    if (count > kDrawThreads) return draw_id(team, logits, V, s, sample, position);
+    if (count > kDrawThreads) return -2;
     if (team.index > 0) return -1;
     Candidates c = {logits, best, 0, 0, logits[best], 1 / double(s.temperature),
                     uint64_t(ceil(double(s.min_p) * 0x1p40))};
@@ -163,7 +162,7 @@ __device__ int draw_by_cluster(Cluster& team, const float* logits, int V, const 
 
 // Draws an id for each key from logits [rows, V], a cluster each, and writes it to drawn and to
 // host, which the host can read.
-__global__ void __launch_bounds__(kDrawThreads)
+__global__ void __launch_bounds__(kDrawThreads, 2)
 draw_ids(const DrawKey* keys, DrawScratch* exchange, const float* logits, int V, int blocks,
          int* drawn, int* host) {
     __shared__ DrawMemory memory;
@@ -174,7 +173,8 @@ draw_ids(const DrawKey* keys, DrawScratch* exchange, const float* logits, int V,
                     Block(scratch), index, blocks, exchange[draw]};
     const DrawKey& key = keys[draw];
     const float* row = logits + size_t(key.row) * V;
-    int id = draw_by_cluster(team, row, V, key.sampling, key.sample, key.position);
+    int id = draw_by_list(team, row, V, key.sampling, key.sample, key.position);
+    if (id == -2) id = draw_id(team, row, V, key.sampling, key.sample, key.position);
     if (id >= 0) drawn[draw] = host[draw] = id;
     if (key.sampling.temperature == 0) return;
     team.wait_for_blocks();

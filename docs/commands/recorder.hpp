@@ -35,7 +35,8 @@ ordered explain_draw(const vector<float>& logits, const Sampling& s, int sample,
     cut.temperature = s.temperature > 0 ? s.temperature : 1;
     double all = 0;  // the sum of weights before the cuts
     auto stage = [&](const char* name) {
-        OneThread team;
+        alignas(16) char scratch[kDrawScratch];
+        OneThread team(scratch);
         Candidates left = candidates(team, logits.data(), V, cut);
         uint64_t total = 0;
         int kept = 0;

@@ -126,7 +126,8 @@ json record_draw(Session& s, const string& text, Sampling p, int count) {
     vector<float> logits(s.model.config.vocab, -INFINITY);  // log-probabilities are logits, too
     for (size_t i = 1; i < o.logprobs.size(); i++)
         logits[o.logprobs[i].id] = float(o.logprobs[i].logprob);
-    OneThread team;
+    alignas(16) char scratch[kDrawScratch];
+    OneThread team(scratch);
     int V = int(logits.size());
     Sampling min_p = {.temperature = p.temperature, .min_p = p.min_p};
     Sampling top_k = min_p;
