@@ -13,7 +13,6 @@
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
-#include <atomic>
 #include <charconv>
 #include <csignal>
 #include <deque>
@@ -966,24 +965,6 @@ struct DrawIds {
     }
 };
 
-// Penalties, as apply_penalties does them. A unit is 256 entries of a list.
-struct Penalize {
-    struct Entry {
-        int row, id, count;  // count: how often the id is in the output
-        Sampling sampling;
-    };
-    static constexpr int kThreads = 256;
-    const Entry* list;
-    int count, V;
-    float* logits;
-
-    template <class Team>
-    NANOCU_BOTH void operator()(Team& team, int unit) const {
-        for (int i = unit * 256 + team.rank; i < count && i < unit * 256 + 256; i += team.size)
-            penalize(logits[size_t(list[i].row) * V + list[i].id], list[i].sampling, list[i].count);
-    }
-};
-
 // =============================================================================================
 // 4. The forward pass, on a CPU and on a GPU
 // =============================================================================================
@@ -1549,54 +1530,18 @@ protected:
         } else {
             weights[kLmHead] = {nullptr, embed_table, c.vocab, c.hidden};
         }
-        copy_pieces();
     }
     void add_stack(Product p, int layers, int N, int K) {
         weights[p] = {make<bf16>(size_t(layers) * N * K), nullptr, N, K};
         weights[p].data = weights[p].memory;
     }
 
-    // Has a matrix copied to an address (later, by copy_pieces); returns where it ends there.
-    bf16* append(const Matrix& m, bf16* to) {
+    // Copies a matrix to an address; returns where it ends there.
+    static bf16* append(const Matrix& m, bf16* to) {
         const size_t size = size_t(m.rows) * m.cols;
-        for (size_t i = 0; i < size; i += kPiece)
-            pieces.push_back({m.data + i, to + i, std::min(size - i, kPiece)});
+        copy(m.data, size, to);
         return to + size;
     }
-
-    // From the page cache through pinned memory, by several threads: one alone copies slower than
-    // the bus.
-    void copy_pieces() {
-        std::atomic<size_t> next = 0;
-        std::atomic<cudaError_t> first_error = cudaSuccess;
-        #pragma omp parallel num_threads(std::min(8, omp_get_max_threads()))
-        {
-            bf16* pinned[2] = {};
-            cudaError_t error = cudaSetDevice(ordinal);
-            if (!error) error = cudaMallocHost(&pinned[0], 2 * kPiece * sizeof(bf16));
-            pinned[1] = pinned[0] + kPiece;
-            for (size_t i, turn = 0; !error && (i = next++) < pieces.size(); turn = !turn) {
-                const auto& [from, to, count] = pieces[i];
-                // the other half is on its way while this one is filled
-                std::copy_n(from, count, pinned[turn]);
-                error = cudaStreamSynchronize(cudaStreamPerThread);
-                if (!error) error = cudaMemcpyAsync(to, pinned[turn], count * sizeof(bf16),
-                                                    cudaMemcpyHostToDevice, cudaStreamPerThread);
-            }
-            if (!error) error = cudaStreamSynchronize(cudaStreamPerThread);
-            cudaFreeHost(pinned[0]);
-            if (error) first_error = error;
-        }
-        pieces.clear();
-        check(first_error, "the copy of the weights");
-    }
-
-    struct Piece {
-        const bf16* from;
-        bf16* to;
-        size_t count;
-    };
-    static constexpr size_t kPiece = 2 << 20;  // numbers
 
     const int ordinal;
     Owned<cudaStream_t, cudaStreamDestroy> stream, uploads;
@@ -1604,7 +1549,6 @@ protected:
     Array<char> workspace;
     Array<bf16> embed_table;  // [V, D]
     Stack weights[5];   // by Product
-    vector<Piece> pieces;  // of weights, to be copied
 };
 
 class CudaDevice : public Forward<Cuda> {
@@ -1639,9 +1583,7 @@ public:
     // the host has nothing to do with its logits.
     void launch(Step& step) override {
         const int T = step.tokens();
-        const bool host = std::ranges::any_of(step.draws, [](const Draw& d) {
-            return d.logprobs >= 0 || d.sampling.has_penalties();
-        });
+        const bool host = std::ranges::any_of(step.draws, needs_host);
         const bool one_each = T == step.sequences() && int(step.draws.size()) == T &&
                               int(step.logit_rows.size()) == T && T <= kLogitRows;
         const bool captured = one_each && !host && options.graphs;
@@ -1729,51 +1671,30 @@ protected:
         }
     }
 
-    // The draws from rows begin .. begin + count - 1 of logits, with what the host has to do.
+    // The draws from rows begin .. begin + count - 1 of logits. What needs the host (penalties, log-
+    // probabilities, an observer) is resolved there.
     void draw_rows(const StepArrays& s, Step& step, int begin, int count) {
         auto row_of = [](const Draw& d) { return d.row; };
         const auto first = std::ranges::lower_bound(step.draws, begin, {}, row_of);
         const auto last = std::ranges::lower_bound(step.draws, begin + count, {}, row_of);
         const int from = int(first - step.draws.begin()), end = int(last - step.draws.begin());
-        const bool scored = step.observer || std::any_of(first, last, [](const Draw& d) {
-            return d.logprobs >= 0;
-        });
-        vector<float> host(scored ? size_t(count) * c.vocab : 0);
-        if (scored) check(cudaMemcpyAsync(host.data(), logits, host.size() * sizeof(float),
-                                          cudaMemcpyDeviceToHost, stream), "logits");
-        apply_all_penalties({first, last});
-        draw(s.keys + from, end - from, drawn + from, buffers[turn].drawn + from);
-        if (!scored) return;
+        int* host = buffers[turn].drawn;
+        draw(s.keys + from, end - from, drawn + from, host + from);
+        if (!step.observer && std::none_of(first, last, needs_host)) return;
+        vector<float> all(size_t(count) * c.vocab);
+        check(cudaMemcpyAsync(all.data(), logits, all.size() * sizeof(float),
+                              cudaMemcpyDeviceToHost, stream), "logits");
         check(cudaStreamSynchronize(stream), "logits");
         #pragma omp parallel for schedule(dynamic)
         for (int i = from; i < end; i++) {
             const Draw& d = step.draws[i];
-            step.drawn[i].id = d.known >= 0 ? d.known : buffers[turn].drawn[i];
-            if (d.logprobs >= 0 || step.observer)
-                resolve(step, d, std::span(host).subspan(size_t(d.row - begin) * c.vocab, c.vocab),
-                        step.drawn[i]);
+            if (!step.observer && !needs_host(d)) continue;
+            if (!d.sampling.has_penalties()) step.drawn[i].id = host[i];
+            const std::span row(all.data() + size_t(d.row - begin) * c.vocab, size_t(c.vocab));
+            resolve(step, d, row, step.drawn[i]);
         }
     }
-
-    // A row of logits may serve several draws, which have the same penalties.
-    void apply_all_penalties(std::span<const Draw> draws) {
-        vector<Penalize::Entry> list;
-        int last = -1;
-        for (const Draw& d : draws) {
-            if (d.known >= 0 || d.row == last || !d.sampling.has_penalties()) continue;
-            last = d.row;
-            for (auto [id, count] : count_ids(d.prompt, d.output))
-                list.push_back({d.row % kLogitRows, id, count, d.sampling});
-        }
-        if (list.empty()) return;
-        const int count = int(list.size());
-        Penalize::Entry* entries;
-        check(cudaMallocAsync(&entries, count * sizeof(*entries), stream), "memory");
-        check(cudaMemcpyAsync(entries, list.data(), count * sizeof(*entries),
-                              cudaMemcpyHostToDevice, stream), "penalties");
-        run((count + 255) / 256, Penalize{entries, count, c.vocab, logits});
-        check(cudaFreeAsync(entries, stream), "memory");
-    }
+    static bool needs_host(const Draw& d) { return d.logprobs >= 0 || d.sampling.has_penalties(); }
 
     // Puts a step where kernels see it. rows: at least its own; the ones behind them do nothing.
     StepArrays upload(Step& step, int rows, bool one_each, bool captured) {
