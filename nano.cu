@@ -9,11 +9,13 @@
 //           read where they are included
 // Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
-// Tests and forks include this file with NANOCU_NO_MAIN defined.
+// Whoever includes this file defines NANOCU_NO_MAIN.
+#include <editline/readline.h>
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
 #include <charconv>
+#include <clocale>
 #include <csignal>
 #include <deque>
 #include <functional>
@@ -1010,12 +1012,36 @@ void generate(const Flags& f) {
     }
 }
 
+// What libedit reads a key with: a character, or -1 after Ctrl-C, where its own would read on.
+int read_key(FILE* in) {
+    mbstate_t state = {};
+    for (char byte; read(fileno(in), &byte, 1) == 1;) {
+        wchar_t wide = L'?';
+        if (mbrtowc(&wide, &byte, 1, &state) != size_t(-2)) return int(wide);  // -2: goes on
+    }
+    return -1;
+}
+
+// The user's next line; false at the end of input. At a terminal libedit reads it: with arrows and
+// a history, and on stderr, so that stdout has nothing but answers.
+bool read_line(const char* prompt, string& line) {
+    if (!isatty(0) || !isatty(2)) return bool(std::getline(std::cin, line));
+    setlocale(LC_CTYPE, "C.UTF-8");
+    rl_outstream = stderr;
+    rl_getc_function = read_key;
+    char* typed = readline(prompt);
+    if (typed && *typed) add_history(typed);
+    if (typed) line = typed;
+    else std::cerr << "\n";
+    free(typed);
+    return typed;
+}
+
 // The user's next message, where a line that ends in \ goes on; false at the end of input.
 bool read_message(string& text) {
     text.clear();
     for (string line;;) {
-        if (isatty(0)) std::cerr << (text.empty() ? "> " : "| ");
-        if (!std::getline(std::cin, line)) return !text.empty();
+        if (!read_line(text.empty() ? "> " : "| ", line)) return !text.empty();
         text += line;
         if (!line.ends_with("\\")) return true;
         text.back() = '\n';
@@ -1027,6 +1053,17 @@ vector<int> end_of_turn(const Chat& format, const Tokenizer& text, const vector<
     string rest = format.end_of_turn, last = answer.empty() ? "" : text.bytes(answer.back());
     if (rest.starts_with(last)) rest.erase(0, last.size());
     return text.encode(rest);
+}
+
+const char* const kChatHelp =
+    "/help, /reset (forgets what was said), /quit; a line that ends in \\ goes on\n";
+
+// Whether a message begins with a slash and a word: a path has more than one slash.
+bool is_command(const string& message) {
+    string word = message.substr(0, message.find_first_of(" \n"));
+    return word.size() > 1 && word[0] == '/' && std::ranges::all_of(word.substr(1), [](char c) {
+        return (c | 32) >= 'a' && (c | 32) <= 'z';
+    });
 }
 
 void chat(const Flags& f) {
@@ -1056,6 +1093,7 @@ void chat(const Flags& f) {
     if (f.text) return answer(*f.text);
     for (string message; read_message(message) && message != "/quit";) {
         if (message == "/reset") turns.clear();
+        else if (is_command(message)) std::cerr << kChatHelp;
         else if (!message.empty()) answer(message);
         if (interrupted && !isatty(0)) break;
         interrupted = 0;
@@ -1206,7 +1244,7 @@ struct CommandLine {
         for (string word : app.remaining())
             if (word.starts_with("-")) {
                 word = word.substr(0, word.find('='));
-                return str(word, ": no such flag; ", nearest(word, names), " is one");
+                return str(word, ": no such flag; the nearest is ", nearest(word, names));
             }
         return app.remaining_size() ? app.remaining()[0] + ": one argument too many" : "";
     }
@@ -1294,7 +1332,8 @@ int run_program(int argc, char** argv) try {
     if (name == "--version") put("nanocu 0.1\n");
     else if (name == "--help" || name == "-h") put(help);
     else if (name.empty()) fail("no command; ", listed(names), " are; see nanocu --help");
-    else fail(name, ": no such command; ", nearest(name, names), " is one; see nanocu --help");
+    else fail(name, ": no such command; the nearest is ", nearest(name, names),
+              "; see nanocu --help");
     return 0;
 } catch (const std::exception& e) {
     return report(e.what());
@@ -1324,7 +1363,7 @@ void generate_flags(CommandLine& line) {
     line.engine_flags();
 }
 
-const bool kChat = add_command({"chat", "talk", chat_flags, chat});
+const bool kChat = add_command({"chat", "talk; /help there names what it knows", chat_flags, chat});
 const bool kGenerate =
     add_command({"generate", "continue a text as it is", generate_flags, generate});
 
