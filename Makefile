@@ -84,10 +84,10 @@ install: nanocu  ## into PREFIX, /usr/local; nanocu-serve, too, if it was built
 	install nanocu $(wildcard nanocu-serve) $(DESTDIR)$(PREFIX)/bin
 
 # For docs/exercises/check: quick to build, with assertions; block-N has blocks of N tokens.
-build/exercises/nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
+build/exercises/nanocu: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
 
-build/exercises/block-%: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
+build/exercises/block-%: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS -DNANOCU_BLOCK_SIZE=$*)
 
 build/exercises/%: docs/exercises/%/check.cpp $(SOURCES) $(PARTS) | packages
