@@ -84,10 +84,10 @@ install: nanocu  ## into PREFIX, /usr/local; nanocu-serve, too, if it was built
 	install nanocu $(wildcard nanocu-serve) $(DESTDIR)$(PREFIX)/bin
 
 # For docs/exercises/check: quick to build, with assertions; block-N has blocks of N tokens.
-build/exercises/nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
+build/exercises/nanocu: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
 
-build/exercises/block-%: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
+build/exercises/block-%: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS -DNANOCU_BLOCK_SIZE=$*)
 
 build/exercises/%: docs/exercises/%/check.cpp $(SOURCES) $(PARTS) | packages
@@ -139,19 +139,22 @@ $(OPENAI): | packages
 # Threads that wait sleep (passive): the tests are as fast, and stay so on a machine with other work.
 QWEN3 := build/tokenizers/qwen3/tokenizer.json
 define run_tests
-	@{ OMP_WAIT_POLICY=passive NANOCU=$2 $1 $(ARGS); echo $$? >build/status; } | tee build/tests.log
+	@{ OMP_WAIT_POLICY=passive NANOCU=$2 $1 $(ARGS); echo $$? >build/status; } | tee build/$@.log
 	@awk -F '|' '/test cases:/ { ok = $$2 + 0; bad = $$3 + 0; found = 1 } \
-	    END { print ok + 0 " passed, " (found ? bad : 1) " failed" }' build/tests.log; \
+	    END { print ok + 0 " passed, " (found ? bad : 1) " failed" }' build/$@.log; \
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu nanocu-serve build/guide/record tools browser $(QWEN3) $(MODEL)/config.json $(OPENAI)  ## all tests; some with ARGS="-tc=*sampler*"
-	$(call run_tests,build/tests,./nanocu)
+test: build/tests nanocu nanocu-serve build/guide/record tools browser $(QWEN3) $(MODEL)/config.json $(OPENAI)  ## all tests but those of the exercises; some with ARGS="-tc=*sampler*"
+	$(call run_tests,build/tests -tce="exercise *",./nanocu)
+
+test-exercises: build/tests tools $(MODEL)/config.json  ## that each exercise's check fails, and passes with its solution
+	$(call run_tests,build/tests -tc="exercise *",./nanocu)
 
 # All but one comparison of numbers, which would take minutes here and reaches no code of its own.
 test-sanitize: build/sanitize/nanocu build/sanitize/nanocu-serve tools browser $(QWEN3)  ## the same under ASan and UBSan
 test-sanitize: build/sanitize/tests $(MODEL)/config.json $(OPENAI)
-	$(call run_tests,build/sanitize/tests -tce="demo model: greedy*",build/sanitize/nanocu)
+	$(call run_tests,build/sanitize/tests -tce="demo model: greedy*$(comma)exercise *",build/sanitize/nanocu)
 
 # libgomp's own waiting would look like races, so this is without OpenMP.
 test-team: build/test-team  ## what is written for a GPU's thread blocks, by CPU threads under TSan
@@ -200,23 +203,8 @@ guide: build/guide/record $(MODEL)/config.json | tools  ## docs/guide.md as a pa
 build/guide/record: docs/guide/record.cu $(SOURCES) $(PARTS) | packages
 	$(call compile,-O1 -DNDEBUG)
 
-# A line counts as code if it is neither blank nor a // comment.
-lines:  ## lines of code of the engine, and its budget
-	@awk -v code_limit=2200 -v all_limit=2900 -v columns=100 ' \
-	    FNR == 1 { files[++n] = FILENAME } \
-	    { all[FILENAME]++; all["total"]++ } \
-	    !/^[ \t]*(\/\/|$$)/ { code[FILENAME]++; code["total"]++ } \
-	    length > wide[FILENAME] { wide[FILENAME] = length } \
-	    length > wide["total"] { wide["total"] = length } \
-	    END { \
-	        files[++n] = "total"; \
-	        printf "%-12s %5s %5s %7s\n", "", "code", "all", "columns"; \
-	        for (i = 1; i <= n; i++) { \
-	            f = files[i]; printf "%-12s %5d %5d %7d\n", f, code[f], all[f], wide[f]; \
-	        } \
-	        printf "%-12s %5d %5d %7d\n", "limit", code_limit, all_limit, columns; \
-	        exit code["total"] > code_limit || all["total"] > all_limit || wide["total"] > columns; \
-	    }' $(SOURCES)
+lines:  ## the sizes of all sources, and their limits
+	@python3 tests/lines.py
 
 clean:  ## remove what was built; the model stays
 	rm -rf build nanocu nanocu-serve

@@ -10,10 +10,12 @@
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
 // Built by g++ or clang++ it runs on CPUs, built by nvcc on NVIDIA GPUs, too. Whoever includes this
 // file in a program of his own defines NANOCU_NO_MAIN.
+#include <editline/readline.h>
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
 #include <charconv>
+#include <clocale>
 #include <csignal>
 #include <deque>
 #include <functional>
@@ -87,6 +89,13 @@ struct Device {
     virtual void launch(Step& step) = 0;
     virtual void wait(Step& step) = 0;  // until the draws of this one, the oldest, are made
 };
+
+// The names, with commas between.
+string listed(const vector<string>& names) {
+    string all;
+    for (const string& name : names) all += (all.empty() ? "" : ", ") + name;
+    return all;
+}
 
 double now() { return omp_get_wtime(); }
 
@@ -1818,12 +1827,11 @@ std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int contex
     DeviceOptions options = {std::max(o.max_rows, int(most)), o.max_rows, ordinal, o.graphs,
                              o.without};
     auto device = gpus ? devices.cuda(m, options) : devices.cpu(m, options);
-    for (const string& name : o.without) {
-        if (name == "all" || std::ranges::count(device->chapters, name)) continue;
-        string known = "all";
-        for (const string& chapter : device->chapters) known += ", " + chapter;
-        fail("--without ", name, ": not known on this device; ", known, " are");
-    }
+    const vector<string>& known = device->chapters;
+    for (const string& name : o.without)
+        if (name != "all" && !std::ranges::count(known, name))
+            fail("--without ", name, ": not known; ", known.empty() ? "nothing" : listed(known),
+                 " can be turned off here");
     return device;
 }
 
@@ -1859,13 +1867,6 @@ void put_object(const ordered& j, bool as_json) {
         if (!value.is_array()) put(str(std::left, std::setw(20), key, value.dump(), "\n"));
 }
 
-// The names, with commas between.
-string listed(const vector<string>& names) {
-    string all;
-    for (const string& name : names) all += (all.empty() ? "" : ", ") + name;
-    return all;
-}
-
 // What a command starts with: the model, its tokenizer if it has one, the engine.
 struct Session {
     const Flags& f;
@@ -1879,11 +1880,6 @@ struct Session {
         else if (needs_text)
             fail(f.model, "/tokenizer.json: missing; give --ids instead of text");
         if (tokenizer && tokenizer->eos >= 0) model.config.eos.insert(tokenizer->eos);
-        const vector<string>& known = engine.device->chapters;
-        for (const string& name : f.without)
-            if (name != "all" && !std::ranges::count(known, name))
-                fail("--without ", name, ": not known; ", known.empty() ? "nothing" :
-                     listed(known), " can be turned off here");
         const string& rounded = model.weights.rounded;
         if (!rounded.empty()) std::cerr << "weights: " << rounded << ", rounded to bf16\n";
         if (f.verbose) describe();
@@ -2011,12 +2007,36 @@ void generate(const Flags& f) {
     }
 }
 
+// What libedit reads a key with: a character, or -1 after Ctrl-C, where its own would read on.
+int read_key(FILE* in) {
+    mbstate_t state = {};
+    for (char byte; read(fileno(in), &byte, 1) == 1;) {
+        wchar_t wide = L'?';
+        if (mbrtowc(&wide, &byte, 1, &state) != size_t(-2)) return int(wide);  // -2: goes on
+    }
+    return -1;
+}
+
+// The user's next line; false at the end of input. At a terminal libedit reads it: with arrows and
+// a history, and on stderr, so that stdout has nothing but answers.
+bool read_line(const char* prompt, string& line) {
+    if (!isatty(0) || !isatty(2)) return bool(std::getline(std::cin, line));
+    setlocale(LC_CTYPE, "C.UTF-8");
+    rl_outstream = stderr;
+    rl_getc_function = read_key;
+    char* typed = readline(prompt);
+    if (typed && *typed) add_history(typed);
+    if (typed) line = typed;
+    else std::cerr << "\n";
+    free(typed);
+    return typed;
+}
+
 // The user's next message, where a line that ends in \ goes on; false at the end of input.
 bool read_message(string& text) {
     text.clear();
     for (string line;;) {
-        if (isatty(0)) std::cerr << (text.empty() ? "> " : "| ");
-        if (!std::getline(std::cin, line)) return !text.empty();
+        if (!read_line(text.empty() ? "> " : "| ", line)) return !text.empty();
         text += line;
         if (!line.ends_with("\\")) return true;
         text.back() = '\n';
@@ -2028,6 +2048,17 @@ vector<int> end_of_turn(const Chat& format, const Tokenizer& text, const vector<
     string rest = format.end_of_turn, last = answer.empty() ? "" : text.bytes(answer.back());
     if (rest.starts_with(last)) rest.erase(0, last.size());
     return text.encode(rest);
+}
+
+const char* const kChatHelp =
+    "/help, /reset (forgets what was said), /quit; a line that ends in \\ goes on\n";
+
+// Whether a message begins with a slash and a word: a path has more than one slash.
+bool is_command(const string& message) {
+    string word = message.substr(0, message.find_first_of(" \n"));
+    return word.size() > 1 && word[0] == '/' && std::ranges::all_of(word.substr(1), [](char c) {
+        return (c | 32) >= 'a' && (c | 32) <= 'z';
+    });
 }
 
 void chat(const Flags& f) {
@@ -2057,6 +2088,7 @@ void chat(const Flags& f) {
     if (f.text) return answer(*f.text);
     for (string message; read_message(message) && message != "/quit";) {
         if (message == "/reset") turns.clear();
+        else if (is_command(message)) std::cerr << kChatHelp;
         else if (!message.empty()) answer(message);
         if (interrupted && !isatty(0)) break;
         interrupted = 0;
@@ -2207,7 +2239,7 @@ struct CommandLine {
         for (string word : app.remaining())
             if (word.starts_with("-")) {
                 word = word.substr(0, word.find('='));
-                return str(word, ": no such flag; ", nearest(word, names), " is one");
+                return str(word, ": no such flag; the nearest is ", nearest(word, names));
             }
         return app.remaining_size() ? app.remaining()[0] + ": one argument too many" : "";
     }
@@ -2295,7 +2327,8 @@ int run_program(int argc, char** argv) try {
     if (name == "--version") put("nanocu 0.1\n");
     else if (name == "--help" || name == "-h") put(help);
     else if (name.empty()) fail("no command; ", listed(names), " are; see nanocu --help");
-    else fail(name, ": no such command; ", nearest(name, names), " is one; see nanocu --help");
+    else fail(name, ": no such command; the nearest is ", nearest(name, names),
+              "; see nanocu --help");
     return 0;
 } catch (const std::exception& e) {
     return report(e.what());
@@ -2325,7 +2358,7 @@ void generate_flags(CommandLine& line) {
     line.engine_flags();
 }
 
-const bool kChat = add_command({"chat", "talk", chat_flags, chat});
+const bool kChat = add_command({"chat", "talk; /help there names what it knows", chat_flags, chat});
 const bool kGenerate =
     add_command({"generate", "continue a text as it is", generate_flags, generate});
 

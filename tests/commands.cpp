@@ -3,6 +3,8 @@
 
 #include <regex>
 
+namespace fs = std::filesystem;
+
 namespace {
 
 const string kLlama = kData + "models/llama3";  // has no tokenizer
@@ -89,6 +91,85 @@ TEST_CASE("help and version are no mistakes") {
     }
 }
 
+TEST_CASE("--help names every flag with its value and default; what is unknown, the nearest there is") {
+    string all = nanocu("--help").out;
+    for (const char* name : {"chat", "generate", "batch", "bench", "beam", "explain", "tune"}) {
+        CAPTURE(name);
+        CHECK(all.find(str("\n  ", name, " ")) != string::npos);
+        string help = nanocu(str(name, " --help")).out;
+        for (const char* noise : {"{", "[1", "INT", "UINT", "FLOAT", ":FILE"})
+            CHECK(help.find(noise) == string::npos);
+        for (const string& line : lines_of(help)) CHECK(line.size() <= 100);
+    }
+    CHECK(all.find("\n  serve ") != string::npos);  // stands beside
+    string help = nanocu("generate --help").out;
+    for (const char* part : {"\nengine:\n", "\nwhat is drawn:\n", "  -n,--max-tokens N   ",
+                             "sequences at a time; else 64, on a GPU 256", "  --no-prefix-cache  "})
+        CHECK(help.find(part) != string::npos);
+    check_refused("generat", "generat: no such command; the nearest is generate;");
+    check_refused("serv", "the nearest is serve;");
+    check_refused("generate " + kLlama + " --temp 1", "--temp: no such flag; the nearest is --temperature;");
+    check_refused("generate --thread=3 " + kLlama, "--thread: no such flag; the nearest is --threads;");
+    check_refused("bench " + kLlama + " --max-row 3", "the nearest is --max-rows;");
+    check_refused("generate " + kLlama + " --ids 1 --without nothing", "--without nothing: not known");
+    CHECK(nanocu("generate " + kLlama + " --ids 1 -n 1 --without all").exit == 0);
+}
+
+TEST_CASE("a name that is no command starts the program nanocu-NAME beside the binary") {
+    TempFolder folder;
+    fs::copy_file(binary(), folder / "nanocu");
+    folder.write("nanocu-greet", "#!/bin/sh\necho \"$# $1 $2\"; exit 7\n");
+    fs::permissions(folder / "nanocu-greet", fs::perms(0755));
+    Ran r = shell(folder / "nanocu" + " greet you 'and me'");
+    CHECK(r.exit == 7);
+    CHECK(r.out == "2 you and me\n");
+    CHECK(shell(folder / "nanocu" + " --help").out.find("\n  greet ") != string::npos);
+    r = shell(folder / "nanocu" + " serve");
+    CHECK(r.exit == 1);
+    CHECK(r.err.starts_with("nanocu: serve: no such command"));
+}
+
+TEST_CASE("the four files and the Makefile alone build an engine that answers as it should") {
+    fs::create_directories("build/alone");
+    for (const char* file : {"Makefile", "nano.cu", "model.hpp", "cache.hpp", "sampler.hpp"}) {
+        fs::copy_file(file, str("build/alone/", file), fs::copy_options::overwrite_existing);
+        fs::last_write_time(str("build/alone/", file), fs::last_write_time(file));
+    }
+    Ran r = shell("make -s -C build/alone plain NVCC=");
+    CAPTURE(r.err);
+    REQUIRE(r.exit == 0);
+    CHECK(r.err == "");
+    const string plain = "build/alone/build/plain/nanocu ";
+    CHECK(shell(plain + "chat " + kOne + "-p 'What is the capital of France?'").out == kAnswer + "\n");
+    CHECK(shell(plain + "score").err.starts_with("nanocu: score: no such command"));
+    for (const string& name : kTiny)
+        for (const json& one : golden("models/" + name + "/golden.json")) {
+            string ids = one["prompt"].dump();
+            r = shell(str(plain, "generate ", kData, "models/", name, " -t 0 --ignore-eos --json -n ",
+                          one["greedy"].size(), " --ids ", ids.substr(1, ids.size() - 2)));
+            CAPTURE(r.err);
+            REQUIRE(r.exit == 0);
+            vector<int> got = json::parse(r.out)["ids"];
+            for (size_t i = 0; i < got.size() && one["margin"][i] >= 0.001; i++)
+                CHECK(got[i] == one["greedy"][i].get<int>());
+        }
+}
+
+TEST_CASE("chat at a terminal: keys edit the line, /help, Ctrl-C, nothing but answers on stdout") {
+    Ran r = shell("NANOCU=" + binary() + " python3 tests/terminal.py");
+    CAPTURE(r.err);
+    CHECK(r.exit == 0);
+}
+
+TEST_CASE("make install copies what was built" * doctest::skip(kSanitized)) {
+    TempFolder folder;
+    Ran r = shell("make -s -o nanocu install PREFIX=/usr DESTDIR=" + fs::absolute(folder.path).string());
+    CAPTURE(r.err);
+    CHECK(r.exit == 0);
+    CHECK(shell(folder / "usr/bin/nanocu" + " --version").out == "nanocu 0.1\n");
+    CHECK(fs::exists(folder / "usr/bin/nanocu-serve"));
+}
+
 TEST_CASE("a wrong command line is one line on stderr, nothing on stdout, exit 1") {
     const vector<std::pair<string, string>> flags = {{"--loud", "--loud"},
                                                      {"extra", "extra"},
@@ -134,6 +215,10 @@ TEST_CASE("a wrong command line is one line on stderr, nothing on stdout, exit 1
     check_refused("chat build/nowhere -p hi", "no such folder");
     check_refused("bench " + kLlama + " --pp 0", "pp");
     check_refused("bench " + kLlama + " --json --pp 5000", "context");
+    check_refused("bench " + kLlama + " --rows 100", "--max-rows");
+    check_refused("bench " + kLlama + " --rows 64 --depth 200 --kv-memory 1M", "--kv-memory");
+    check_refused("bench " + kLlama + " -t -1", "temperature");
+    check_refused("bench " + kLlama + " --chapters --tg 1,2", "--chapters");
 }
 
 TEST_CASE("a prompt that cannot be computed is refused with what is wrong with it") {
@@ -197,9 +282,7 @@ TEST_CASE("a request that does not fit is refused at once, with the sizes") {
     string page = read_file(kData + "smollm2/perplexity.txt"), text;
     while (text.size() < 10'000'000) text += page;
     folder.write("long", text);
-    double start = now();
     check_refused("generate " + kDemo + " -f " + (folder / "long"), "8192");
-    if (!kSanitized) CHECK(now() - start < 10);
 }
 
 TEST_CASE("output that cannot be written is an error") {
@@ -396,6 +479,12 @@ TEST_CASE("info and bench print objects with --json, text without") {
     }
     CHECK(tests == vector<string>{"pp16", "tg4@16 x 1", "tg4@16 x 2"});
     CHECK(nanocu("bench --pp 16 --tg 4 --rows 1 " + kLlama).exit == 0);  // MODEL may come last
+    vector<json> chapters = json_lines("bench " + kLlama + " --chapters --rows 1,2 --pp 32 --tg 4");
+    CHECK(chapters.front()["with"] == "none");  // then each chapter that this binary has
+    for (const json& row : chapters) {
+        CHECK(keys(row) == "prompt_ms shared_tokens_per_s tokens_per_s x 1 tokens_per_s x 2 with ");
+        CHECK(row["tokens_per_s x 2"] > 0);
+    }
 
     TempFolder folder;
     folder.write("workload", "20 5\n100 7\n");
@@ -491,16 +580,6 @@ TEST_CASE("Ctrl-C ends a generation cleanly: exit 130, whole output, the line of
     CHECK(json::parse(lines[1])["ids"].size() > 0);
 }
 
-TEST_CASE("the demo model's first token comes within 1 s of the start") {
-    double best = 100;
-    for (int i = 0; i < 10 && best >= 1; i++) {  // again if something else was running
-        double start = now();
-        CHECK(nanocu("chat " + kDemo + " -p 'What is the capital of France?' -n 1").exit == 0);
-        best = std::min(best, now() - start);
-    }
-    if (!kSanitized) CHECK(best < 1);
-}
-
 TEST_CASE("a hostile file ends in one line, not in a crash or a hang") {
     const json config = golden("models/qwen2/config.json");
     auto refused = [&](const string& file, const string& text) {
@@ -540,9 +619,7 @@ TEST_CASE("a hostile file ends in one line, not in a crash or a hang") {
     tensors("{\"\\u001b[31m\\n\"" + tensor("[1]") + "}");  // as would this
     string many;
     for (int i = 0; i < 50'000; i++) many += str(", \"", i, "\"", tensor("[0]"));
-    double start = now();
     tensors("{" + many.substr(1) + "}");
-    if (!kSanitized) CHECK(now() - start < 5);
 
     for (string single : {R"([{"Foo": {}}])", R"([{"SpecialToken": {}}])", R"(["$A"])"})
         refused("tokenizer.json", R"({"model": {"vocab": {"a": 0}, "merges": []}, "post_processor":

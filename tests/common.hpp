@@ -78,14 +78,12 @@ struct Finished {
     std::string finish;
     std::vector<double> prompt_logprobs;
     std::vector<TokenLogprob> logprobs;
-    double seconds_to_first = 0;
 };
 
 // Runs all requests to their end; results by (request, sample).
 inline std::map<std::pair<int, int>, Finished> run_all(Engine& engine, const std::vector<Request>& requests) {
     std::map<std::pair<int, int>, Finished> results;
     int first = -1;
-    double start = now();
     for (const Request& r : requests) {
         int number = engine.add(r);
         if (first < 0) first = number;
@@ -93,7 +91,6 @@ inline std::map<std::pair<int, int>, Finished> run_all(Engine& engine, const std
     while (engine.busy())
         for (Output& o : engine.step()) {
             Finished& f = results[{o.request - first, o.sample}];
-            if (f.ids.empty()) f.seconds_to_first = now() - start;
             if (o.id >= 0) f.ids.push_back(o.id);
             f.cached = o.cached;
             f.logprobs.insert(f.logprobs.end(), o.logprobs.begin(), o.logprobs.end());

@@ -23,8 +23,10 @@ vector<string> markdown_files() {
 }
 
 vector<string> source_files() {
-    vector<string> files = files_of("docs/forks", {".hpp", ".cu"});
-    for (const string& file : files_of("docs/commands", {".hpp", ".cu"})) files.push_back(file);
+    vector<string> files;
+    for (const char* folder : {"docs/forks", "docs/chapters", "docs/commands"})
+        if (fs::exists(folder))
+            for (const string& file : files_of(folder, {".hpp", ".cu"})) files.push_back(file);
     for (const char* file : {"nano.cu", "model.hpp", "cache.hpp", "sampler.hpp"}) files.push_back(file);
     return files;
 }

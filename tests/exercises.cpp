@@ -18,7 +18,8 @@ std::string copy_tree(const std::string& name) {
         fs::copy_file(file, to + "/" + file, fs::copy_options::overwrite_existing);
         fs::last_write_time(to + "/" + file, fs::last_write_time(file));
     }
-    for (const char* folder : {"docs/forks", "docs/commands", "docs/exercises"}) {
+    for (const char* folder : {"docs/forks", "docs/chapters", "docs/commands", "docs/exercises"}) {
+        if (!fs::exists(folder)) continue;
         fs::copy(folder, to + "/" + folder, fs::copy_options::recursive);
         for (const auto& entry : fs::recursive_directory_iterator(folder))
             fs::last_write_time(to + "/" + entry.path().string(), entry.last_write_time());
@@ -61,8 +62,8 @@ std::string all_sources() {
     std::string all;
     for (const char* file : {"nano.cu", "model.hpp", "cache.hpp", "sampler.hpp", "Makefile"})
         all += read_file(file);
-    for (const char* folder : {"docs/forks", "docs/commands", "tests"})
-        for (const auto& entry : fs::directory_iterator(folder))
+    for (const char* folder : {"docs/forks", "docs/chapters", "docs/commands", "tests"})
+        if (fs::exists(folder)) for (const auto& entry : fs::directory_iterator(folder))
             if (entry.is_regular_file() && entry.path() != "tests/exercises.cpp") all += read_file(entry.path());
     return all;
 }
@@ -99,11 +100,11 @@ std::vector<std::string> parts_of(const std::string& name) {
 }  // namespace
 
 TEST_CASE("exercise 1, candidates: the check fails, and passes with the solution") {
-    check_both("1-candidates", "not expected: 10 --candidates;");
+    check_both("1-candidates", "--candidates: no such flag;");
 }
 
 TEST_CASE("exercise 2, no-repeat n-grams: the check fails, and passes with the solution") {
-    check_both("2-no-repeat-ngram", "not expected: 2 --no-repeat-ngram;");
+    check_both("2-no-repeat-ngram", "--no-repeat-ngram: no such flag;");
 }
 
 TEST_CASE("exercise 3, block size: the check fails, and passes with the solution") {

@@ -298,7 +298,7 @@ TEST_CASE("special ids and ids outside the vocabulary have no text") {
     CHECK(t.decode(vector<int>{special, letter}) == "<|im_start|>a");  // asked for all of them
 }
 
-TEST_CASE("1 MB of English encodes in 0.5 s on one core, and no text is an attack") {
+TEST_CASE("no text is an attack: none takes far longer to encode than as much English") {
     string page = read_file(kData + "smollm2/perplexity.txt"), english;
     for (int i = 0; english.size() < 1'000'000; i++) {
         page[size_t(i) * 37 % page.size()] = char('a' + i % 26);  // no two pages are the same
@@ -306,15 +306,15 @@ TEST_CASE("1 MB of English encodes in 0.5 s on one core, and no text is an attac
     }
     struct Case {
         string name, text;
-        double most;
     };
-    const vector<Case> cases = {{"English", english.substr(0, 1'000'000), 0.5},
-                                {"letters", string(100'000, 'a'), 1},
-                                {"spaces", string(1'000'000, ' '), 1},
-                                {"lines", string(1'000'000, '\n'), 1},
-                                {"digits", string(1'000'000, '7'), 1},
-                                {"marks", "a" + repeated("\u0301\u0316", 25'000), 1}};
-    for (const string& folder : kTokenizers)
+    const vector<Case> cases = {{"English", english.substr(0, 1'000'000)},
+                                {"letters", string(100'000, 'a')},
+                                {"spaces", string(1'000'000, ' ')},
+                                {"lines", string(1'000'000, '\n')},
+                                {"digits", string(1'000'000, '7')},
+                                {"marks", "a" + repeated("\u0301\u0316", 25'000)}};
+    for (const string& folder : kTokenizers) {
+        double of_english = 0;  // seconds a byte
         for (const Case& c : cases) {
             const Tokenizer& t = loaded(folder);
             vector<int> ids;
@@ -323,11 +323,15 @@ TEST_CASE("1 MB of English encodes in 0.5 s on one core, and no text is an attac
             double seconds = cpu_seconds() - start;
             CAPTURE(folder);
             CAPTURE(c.name);
-            if (!kSanitized) CHECK(seconds < c.most);
+            double each = seconds / double(c.text.size());
+            if (c.name == "English") of_english = each;
+            CAPTURE(each / of_english);
+            CHECK(each < 100 * of_english);  // where time grows with the square it is thousands
             if (c.name == "marks") continue;  // to be sorted by the normalizer; may be refused
             CHECK(error == "");
             CHECK(t.decode(ids) == c.text);
         }
+    }
 }
 
 TEST_CASE("a chat template that is not known is refused, and generate named") {

@@ -156,7 +156,8 @@ void run(const Flags& f) {
     fprintf(stderr, "\nlog-probability %.3f in %zu tokens; greedy: %.3f in %zu\n"
             "%d blocks at the peak, greedy's included; %d separate copies: %d (%.0f%%)\n",
             search.found[0].logprob, search.found[0].ids.size(), search.greedy.logprob,
-            search.greedy.ids.size(), search.peak, o.width, separate, 100.0 * search.peak / separate);
+            search.greedy.ids.size(), search.peak, o.width, separate,
+            100.0 * search.peak / separate);
 }
 
 void add_flags(CommandLine& line) {

@@ -115,7 +115,8 @@ void add_flags(CommandLine& line) {
     line.group("what is compressed");
     line.flag("--methods A,B", options.methods, "int2 to int8, int4/32, prune50, rank50; else some "
               "of each")->delimiter(',');
-    line.flag("--kinds A,B", options.kinds, "only these: q, k, v, o, gate, up, down, embed, lm_head")
+    line.flag("--kinds A,B", options.kinds,
+              "only these: q, k, v, o, gate, up, down, embed, lm_head")
         ->delimiter(',');
     line.flag("--layer N", options.layer, "only matrices of this layer, from 0",
               CLI::Range(0, 10000));

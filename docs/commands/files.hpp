@@ -1,5 +1,5 @@
-// files.hpp: how commands write files, so that nothing is half-written: LineFile, which grows a whole
-// line at a time and goes on where it was; WholeFile, which appears when all of it is there.
+// files.hpp: how commands write files, so that nothing is half-written: LineFile grows by a whole
+// line at a time and goes on where it was; WholeFile appears when all of it is there.
 #pragma once
 
 #include <fcntl.h>

@@ -1,5 +1,5 @@
-// limits.hpp: what the machine itself can do, measured: bytes read from memory and operations done in
-// a second. bench compares the engine with it.
+// limits.hpp: what the machine itself can do, measured: the bytes that it reads from memory and the
+// operations that it does in a second. bench compares the engine with it.
 #pragma once
 
 #ifdef __CUDACC__

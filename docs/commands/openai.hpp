@@ -1,6 +1,6 @@
-// openai.hpp: requests and responses in OpenAI's form, for the commands that read or write them. How
-// a body is read (`read_body`, `read_job`), and how a response is built from a job that is on its way
-// or has ended (`next_choice`, `response_body`).
+// openai.hpp: requests and responses in OpenAI's form, for the commands that read or write them:
+// read_body and read_job tell what is asked for; next_choice and response_body build the answer of
+// a job that is on its way or has ended.
 #pragma once
 
 // How much of a reply a response has shown: the ids, the bytes of text, and of the next id's text

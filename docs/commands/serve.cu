@@ -2,8 +2,8 @@
 //
 //   ./nanocu serve models/smollm2 --port 8000
 //
-// A program of its own, nanocu-serve, which nanocu starts where it stands beside it: cpp-httplib can't
-// be linked statically everywhere, and nanocu is to run wherever it is copied.
+// A program of its own, nanocu-serve, which nanocu starts where it stands beside it: cpp-httplib
+// can't be linked statically everywhere, and nanocu is to run wherever it is copied.
 //
 // The main thread alone drives the engine (`drive`). Each connection has a thread, which reads its
 // request, waits for news of its job, and writes what is new; a Live is all that the two share. How

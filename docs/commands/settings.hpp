@@ -1,5 +1,5 @@
-// settings.hpp: what `nanocu tune` found best on this machine, for all commands: MODEL/nanocu.json has
-// the settings of each machine under its name. Flags go before them.
+// settings.hpp: what `nanocu tune` found best on this machine, for all commands. MODEL/nanocu.json
+// has the settings of each machine under its name; flags go before them.
 #pragma once
 
 #include <sys/utsname.h>

@@ -126,7 +126,8 @@ void run(const Flags& f) {
     Session s(f, true);
     Corpus corpus(s, options.context, options.overlap);
     std::error_code none;
-    if (fs::equivalent(options.corpus, options.output, none)) fail(options.output, ": is the corpus; give another -o");
+    if (fs::equivalent(options.corpus, options.output, none))
+        fail(options.output, ": is the corpus; give another -o");
     Chunk c;
     json last;
     LineFile out(options.output, "{\"chunk\":", [&](json& j) {

@@ -45,7 +45,9 @@ vector<Job> read_jobs(const Flags& f) {
     vector<Job> jobs;
     std::optional<Chat> format;
     std::istringstream in(text);
-    if (!lines) for (auto [prompt, count] : bench::read_workload(options.workload, s.engine.context)) {
+    bench::Workload lengths;
+    if (!lines) lengths = bench::read_workload(options.workload, s.engine.context);
+    for (auto [prompt, count] : lengths) {
         jobs.emplace_back().request = bench::request(s, prompt, count);
         jobs.back().request.sampling.temperature = 0.6f;  // as bench has it
     }

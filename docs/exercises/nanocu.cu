@@ -1,0 +1,12 @@
+// nanocu for the checks of the exercises: the engine with the commands that they run, and no others,
+// so that it is quick to build.
+#define NANOCU_NO_MAIN
+#include "../../nano.cu"
+
+#include "../commands/batch.hpp"
+#include "../commands/bench.hpp"
+#include "../commands/info.hpp"
+#include "../commands/score.hpp"
+#include "../commands/tokenize.hpp"
+
+int main(int argc, char** argv) { return run_program(argc, argv); }
