@@ -704,9 +704,8 @@ private:
     }
 };
 
-// Attention (Vaswani et al. 2017) as it is defined, for a team of one: of the query heads that
-// share a kv head, over all tokens up to their own. att = softmax(q K^T / sqrt(HD)) V. A unit is a
-// row and a kv head.
+// Attention (Vaswani et al. 2017) as it is defined, for a team of one: att = softmax(q K^T /
+// sqrt(HD)) V over all tokens up to the row's own. A unit is a row and a query head.
 template <class Real>
 struct AttendAlone {
     StepArrays s;
@@ -715,36 +714,35 @@ struct AttendAlone {
     const Real *qkv, *kv;
     Real* att;  // [T, H HD]
 
-    size_t scratch() const { return size_t(s.header->table_width) * kBlockSize * sizeof(float); }
+    size_t scratch() const {  // for scores, and for the sum of values
+        return (s.header->table_width * kBlockSize + c.head_dim) * sizeof(float);
+    }
 
     template <class Team>
     void operator()(Team& team, int unit) const {
-        const int row = unit / c.kv_heads, kv_head = unit % c.kv_heads, HD = c.head_dim;
-        const int tokens = s.positions[row] + 1, first = kv_head * c.group();
+        const int row = unit / c.heads, head = unit % c.heads, kv_head = head / c.group();
+        const int tokens = s.positions[row] + 1, HD = c.head_dim;
         const int* table = s.table(row);
-        float* scores = (float*)team.scratch;
-        for (int head = first; head < first + c.group(); head++) {
-            const Real* q = qkv + size_t(row) * c.qkv_dim() + size_t(head) * HD;
-            float top = -INFINITY, total = 0;
-            for (int t = 0; t < tokens; t++) {
-                const Real* k = kv + c.key_page(table[t / kBlockSize], layer, kv_head);
-                float score = 0;
-                for (int d = 0; d < HD; d++)
-                    score += float(q[d]) * float(k[c.keys.at(t % kBlockSize, d)]);
-                scores[t] = score / sqrtf(float(HD));
-                top = std::max(top, scores[t]);
-            }
-            vector<float> sum(HD);
-            for (int t = 0; t < tokens; t++) {
-                const Real* v = kv + c.value_page(table[t / kBlockSize], layer, kv_head);
-                const float weight = expf(scores[t] - top);
-                total += weight;
-                for (int d = 0; d < HD; d++)
-                    sum[d] += weight * float(v[c.values.at(t % kBlockSize, d)]);
-            }
-            Real* to = att + (size_t(row) * c.heads + head) * HD;
-            for (int d = 0; d < HD; d++) to[d] = Real(sum[d] / total);
+        const Real* q = qkv + size_t(row) * c.qkv_dim() + size_t(head) * HD;
+        float *scores = (float*)team.scratch, *sum = scores + s.header->table_width * kBlockSize;
+        float top = -INFINITY, total = 0;
+        for (int t = 0; t < tokens; t++) {
+            const Real* k = kv + c.key_page(table[t / kBlockSize], layer, kv_head);
+            float score = 0;
+            for (int d = 0; d < HD; d++)
+                score += float(q[d]) * float(k[c.keys.at(t % kBlockSize, d)]);
+            scores[t] = score * inverse_root(float(HD));
+            top = std::max(top, scores[t]);
         }
+        std::fill(sum, sum + HD, 0.0f);
+        for (int t = 0; t < tokens; t++) {
+            const Real* v = kv + c.value_page(table[t / kBlockSize], layer, kv_head);
+            const float weight = expf(scores[t] - top);
+            total += weight;
+            for (int d = 0; d < HD; d++)
+                sum[d] += weight * float(v[c.values.at(t % kBlockSize, d)]);
+        }
+        for (int d = 0; d < HD; d++) att[size_t(unit) * HD + d] = Real(sum[d] / total);
     }
 };
 
@@ -1371,7 +1369,7 @@ public:
 
 protected:
     void attend(const StepArrays& s, int layer) override {
-        run(s.rows * c.kv_heads, AttendAlone<float>{s, c, layer, qkv, kv, att});
+        run(s.rows * c.heads, AttendAlone<float>{s, c, layer, qkv, kv, att});
     }
 
 private:
