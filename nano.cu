@@ -1858,13 +1858,6 @@ void put(const string& text) {
         fail("stdout: ", strerror(errno), "; the output is incomplete");
 }
 
-// One object on stdout: JSON, or a line for each value (lists are for JSON only).
-void put_object(const ordered& j, bool as_json) {
-    if (as_json) return put(j.dump() + "\n");
-    for (auto& [key, value] : j.items())
-        if (!value.is_array()) put(str(std::left, std::setw(20), key, value.dump(), "\n"));
-}
-
 // What a command starts with: the model, its tokenizer if it has one, the engine.
 struct Session {
     const Flags& f;
@@ -2054,9 +2047,8 @@ const char* const kChatHelp =
 // Whether a message begins with a slash and a word: a path has more than one slash.
 bool is_command(const string& message) {
     string word = message.substr(0, message.find_first_of(" \n"));
-    return word.size() > 1 && word[0] == '/' && std::ranges::all_of(word.substr(1), [](char c) {
-        return (c | 32) >= 'a' && (c | 32) <= 'z';
-    });
+    auto is_letter = [](unsigned char c) { return isalpha(c) != 0; };
+    return word.size() > 1 && word[0] == '/' && std::ranges::all_of(word.substr(1), is_letter);
 }
 
 void chat(const Flags& f) {
@@ -2123,7 +2115,7 @@ bool add_command(const Command& c) {
 std::function<void(Flags&)> fill_in = [](Flags&) {};
 
 // How many letters must be put in, left out or replaced to make one word of the other
-// (Levenshtein 1966): row[j] is the distance of a's first letters from the first j of b.
+// (Levenshtein 1966). row[j] is the distance of a's first i letters from the first j of b.
 int distance(const string& a, const string& b) {
     vector<int> row(b.size() + 1);
     std::iota(row.begin(), row.end(), 0);
@@ -2153,13 +2145,11 @@ struct CommandLine {
     Flags f = {};
     CLI::App app;
     string help;           // a line for each flag
-    vector<string> names;  // of all flags
+    vector<string> names = {"--help"};  // of all flags
 
     CommandLine() {
         f.sampling.seed = std::random_device()();
         app.allow_extras();  // to be told better than the library does
-        app.set_version_flag("--version", "nanocu 0.1");
-        names = {"--help", "--version"};
     }
 
     // Begins a group of flags in the help.
@@ -2261,19 +2251,17 @@ int run_command(const Command& command, int argc, char** argv) try {
     CommandLine line;
     line.argument("MODEL", line.f.model, "a model's folder, as Hugging Face has it");
     command.add_flags(line);
+    string error;
     try {
         line.app.parse(argc, argv);
-        if (string what = line.not_understood(); !what.empty()) throw CLI::ExtrasError({what});
     } catch (const CLI::CallForHelp&) {
         put(str("nanocu ", command.name, ": ", command.help, "\n\n", line.help));
         return 0;
-    } catch (const CLI::CallForVersion& e) {
-        put(string(e.what()) + "\n");
-        return 0;
     } catch (const CLI::ParseError& e) {
-        string what = line.not_understood();
-        fail(what.empty() ? e.what() : what, "; see nanocu ", command.name, " --help");
+        error = e.what();
     }
+    if (string more = line.not_understood(); !more.empty()) error = more;  // tells better why
+    if (!error.empty()) fail(error, "; see nanocu ", command.name, " --help");
     for (const string& stop : line.f.stop)
         if (stop.empty()) fail("--stop: is empty; leave it out");
     fill_in(line.f);
@@ -2332,10 +2320,6 @@ int run_program(int argc, char** argv) try {
     return report(e.what());
 }
 
-void json_flag(CommandLine& line) {
-    line.flag("--json", line.f.json, "JSON on stdout, one object a line");
-}
-
 void chat_flags(CommandLine& line) {
     line.flag("-p,--prompt TEXT", line.f.text, "one question; answer it and end");
     line.flag("--system TEXT", line.f.system, "the system message");
@@ -2345,7 +2329,7 @@ void chat_flags(CommandLine& line) {
 }
 
 void generate_flags(CommandLine& line) {
-    json_flag(line);
+    line.flag("--json", line.f.json, "JSON on stdout, one object a line");
     line.flag("--samples N", line.f.samples, "continuations of the one prompt; else 1", kSize);
     line.flag("--logprobs K", line.f.logprobs, "log-probabilities, and of the K likeliest (JSON)",
               CLI::Range(1000));
@@ -2356,9 +2340,8 @@ void generate_flags(CommandLine& line) {
     line.engine_flags();
 }
 
-const bool kChat = add_command({"chat", "talk; /help there names what it knows", chat_flags, chat});
-const bool kGenerate =
-    add_command({"generate", "continue a text as it is", generate_flags, generate});
+const bool kAdded = add_command({"chat", "talk; /help there names what it knows", chat_flags, chat})
+    && add_command({"generate", "continue a text as it is", generate_flags, generate});
 
 #ifndef NANOCU_NO_MAIN
 int main(int argc, char** argv) { return run_program(argc, argv); }
