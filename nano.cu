@@ -10,7 +10,9 @@
 // Letters:  T tokens in a step, D hidden size, H query heads, KV key/value heads, HD head size,
 //           F intermediate size, V vocabulary, L layers. All arrays are row-major.
 // Tests and forks include this file with NANOCU_NO_MAIN defined.
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
@@ -161,7 +163,11 @@ typedef float f32x8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(2), may_alias));
 
 // One copy of a function for any x86-64-v3, one for AVX-512 with its 32 registers.
+#if defined(__x86_64__)
 #define NANOCU_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
+#else
+#define NANOCU_CLONES
+#endif
 #define NANOCU_INLINE inline __attribute__((always_inline))
 
 // exp(x), |x| cut at 87, relative error under 2e-7: 2^n times a polynomial on [-ln2 / 2, ln2 / 2].
@@ -216,7 +222,11 @@ NANOCU_CLONES void tile(const float* x, int K, const bf16* const w[4], f32x4* ou
 // store(t, n, sums of n .. n + 7). The rows go in groups that stay in L2 while all weights pass by.
 template <class Row, class Store>
 void project(const float* x, int T, int K, int N, Row row, Store store) {
+#if defined(__x86_64__)
     static const bool wide = __builtin_cpu_supports("avx512vl");
+#else
+    const bool wide = true;  // 32 registers
+#endif
     static decltype(tile<1>)* const tiles[] = {
         nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<4>, tile<4>, tile<4>, tile<8>};
     const int group = std::max(8, 65536 / K / 8 * 8);
@@ -886,8 +896,10 @@ struct Flags : Request, EngineOptions {
 // What settings in MODEL/nanocu.json are for: a processor, its threads, and whether a GPU is used.
 string machine([[maybe_unused]] const string& device) {
     unsigned brand[13] = {};  // 48 characters, in three parts
+#if defined(__x86_64__)
     for (unsigned i = 0; i < 12; i += 4)
         __get_cpuid(0x80000002 + i / 4, brand + i, brand + i + 1, brand + i + 2, brand + i + 3);
+#endif
     const char* more = "";
 #ifdef __CUDACC__
     if (device != "cpu" && cuda::count_gpus() > 0) more = ", GPU";
