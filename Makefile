@@ -43,7 +43,7 @@ endef
     guide lines packages arm64-packages tools browser clean distclean
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: nanocu $(MODEL)/config.json  ## install, build and fetch what is missing, then ask a model a question
 	./nanocu chat $(MODEL) -t 0 -p "What is the capital of France?"
