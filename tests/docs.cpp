@@ -24,6 +24,7 @@ vector<string> markdown_files() {
 
 vector<string> source_files() {
     vector<string> files = files_of("docs/forks", {".hpp", ".cu"});
+    for (const string& file : files_of("docs/chapters", {".cuh"})) files.push_back(file);
     for (const char* file : {"nano.cu", "model.hpp", "cache.hpp", "sampler.hpp"}) files.push_back(file);
     return files;
 }
