@@ -22,7 +22,8 @@ struct DrawScratch {
 };
 
 // The team of all threads of a cluster. It has no scratch in common: each block has its own, with a
-// histogram of what its own threads add, so a barrier is one of the block.
+// histogram of what its own threads add, so a barrier is one of the block. Where that makes a
+// difference, functions of sampler.hpp have a version for this team below.
 struct Cluster {
     int rank, size;
     char* scratch;
@@ -55,6 +56,9 @@ struct Cluster {
         return value;
     }
 };
+
+// empty_bins (sampler.hpp) for this team: each block clears its own histogram.
+__device__ uint64_t* empty_bins(Cluster& team) { return ::empty_bins(team.block); }
 
 // find_bin (sampler.hpp) for this team: adds up the histograms of all blocks, then each block looks
 // into the sum. There are three sums, which take turns: while blocks add to one, others may still
