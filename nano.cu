@@ -171,7 +171,8 @@ struct EngineOptions {
 };
 
 // The device that o.device names; auto: a GPU where there is one. Fills in what o leaves to it.
-// context: most tokens of a sequence. Throws a line that says what is wrong. See the end of chapter 4.
+// context: most tokens of a sequence. An error is a line that says what is wrong. It stands at the
+// end of chapter 4.
 std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int context);
 
 // Who looks on as an engine works, where Engine::observer is set.
@@ -881,14 +882,15 @@ private:
     NANOCU_BOTH void merge_groups(Team& team, Group& lanes, const State& q, int j, auto put) const {
         const int HD = c.head_dim, groups = lanes.count, d = lanes.rank * 8;
         float *tops = (float*)team.scratch + 2 * j * groups, *totals = tops + groups;
-        float* values = (float*)team.scratch + 2 * kQueries * groups;  // [groups, HD], for one query
+        float* values = (float*)team.scratch + 2 * kQueries * groups;  // [groups, HD], of query j
         if (lanes.rank == 0) tops[lanes.index] = q.top, totals[lanes.index] = q.total;
         team.barrier();
         float top = -1e30f, sum = 0;
         for (int g = 0; g < groups; g++) top = fmaxf(top, tops[g]);
         for (int g = 0; g < groups; g++) sum += totals[g] * exp2f(tops[g] - top);
         const float factor = exp2f(q.top - top);
-        for (int i = 0; i < 8 && d < HD; i++) values[lanes.index * HD + d + i] = q.values[i] * factor;
+        for (int i = 0; i < 8 && d < HD; i++)
+            values[lanes.index * HD + d + i] = q.values[i] * factor;
         team.barrier();
         for (int i = team.rank; i < HD; i += team.size) {
             float value = 0;
@@ -943,7 +945,8 @@ struct Activate {
     NANOCU_BOTH void operator()(Team& team, int unit) const {
         const int F = c.intermediate, row = unit / parts;
         const Real* from = gate_up + size_t(row) * 2 * F;
-        for (int i = (unit % parts * team.size + team.rank) * 4; i < F; i += parts * team.size * 4) {
+        const int rank = unit % parts * team.size + team.rank, size = parts * team.size;
+        for (int i = rank * 4; i < F; i += size * 4) {
             auto gate = load<4>(from + i), up = load<4>(from + F + i);
             float out[4];
             for (int j = 0; j < 4; j++) {
@@ -1151,7 +1154,7 @@ protected:
         return carver.at + o.rows * width * sizeof(int);
     }
 
-    // Puts a step where s lies, which is the host's memory. Rows that the step has not get the id 0.
+    // Puts a step where s lies, in the host's memory. Rows that the step does not have get id 0.
     void fill(StepArrays& s, const Step& step) {
         *s.header = {step.tokens(), step.table_width, 0, 0};
         std::ranges::copy(step.ids, s.ids);
@@ -1240,7 +1243,7 @@ protected:
     template <class T>
     static Array<T> make(size_t count) {
         auto memory = (T*)calloc(std::max<size_t>(count, 1), sizeof(T));
-        if (!memory) fail("memory: ", count * sizeof(T) >> 20, " MiB are too much for this machine");
+        if (!memory) fail("memory: ", count * sizeof(T) >> 20, " MiB are more than there is");
         return memory;
     }
     static Array<float> to_device(const vector<float>& values) {
@@ -1678,8 +1681,8 @@ protected:
         }
     }
 
-    // The draws from rows begin .. begin + count - 1 of logits. What needs the host (penalties, log-
-    // probabilities, an observer) is resolved there.
+    // The draws from rows begin .. begin + count - 1 of logits. Penalties, log-probabilities and
+    // observers are the host's work.
     void draw_rows(const StepArrays& s, Step& step, int begin, int count) {
         auto row_of = [](const Draw& d) { return d.row; };
         const auto first = std::ranges::lower_bound(step.draws, begin, {}, row_of);

@@ -13,7 +13,7 @@
 namespace cuda {
 
 constexpr int kDrawThreads = 512, kDrawBlocks = 8;  // threads of a block; blocks of a cluster
-constexpr int kListedTopK = kDrawThreads / 4;       // candidates for a larger k may overflow the list
+constexpr int kListedTopK = kDrawThreads / 4;  // for a larger k the list may overflow
 
 // What the blocks of a cluster exchange, in global memory. count and sums are zero between draws.
 struct DrawScratch {
@@ -82,7 +82,8 @@ __device__ Found find_bin(Cluster& team, Need need_of) {
 // Writes ids into the list that hold the k likeliest; returns their number, which may be more than
 // there is room for. largest: the largest key of this thread's logits.
 __device__ int list_likeliest(Cluster& team, const float* logits, int V, uint64_t largest, int k) {
-    // The k-th of the threads' largest logits in a block: k ids are as likely, so the k likeliest of
+    // The k-th of the threads' largest logits in a block: k ids are as likely, so the k likeliest
+    // of
     // all are, too. It is found bit by bit, as order_key has them.
     uint32_t least = 0, mine = uint32_t(largest >> 32);
     for (int bit = 31; bit >= 0; bit--)
