@@ -894,7 +894,7 @@ private:
             for (int g = 0; g < groups; g++) value += values[g * HD + i];
             put(i, value, top, sum);
         }
-        team.barrier();  // before values are written again
+        // Before values are written again, all come to the first barrier of the next query.
     }
 };
 
