@@ -158,14 +158,13 @@ test-sanitize: build/sanitize/nanocu build/sanitize/nanocu-serve tools browser $
 test-sanitize: build/sanitize/tests $(MODEL)/config.json $(OPENAI)
 	$(call run_tests,build/sanitize/tests -tce="demo model: greedy*$(comma)exercise *",build/sanitize/nanocu)
 
-# libgomp's own waiting would look like races, so this is without OpenMP.
+# libgomp's own waiting would look like races, so this is without OpenMP's pragmas.
 test-team: build/test-team  ## what is written for a GPU's thread blocks, by CPU threads under TSan
 	TSAN_OPTIONS=halt_on_error=1 build/test-team $(ARGS)
 
-build/test-team: tests/team.cpp tests/team.hpp $(SOURCES) | packages
-	@mkdir -p $(@D)
-	$(CXX) $(filter-out -fopenmp,$(FLAGS)) -Wno-unknown-pragmas -O1 $(CHECKED) -fsanitize=thread \
-	    -DNANOCU_TEAM_ALONE $(CXXFLAGS) $< $(LDFLAGS) -o $@
+build/test-team: FLAGS := $(filter-out -fopenmp,$(FLAGS)) -Wno-unknown-pragmas
+build/test-team: tests/team.cpp tests/ops.cpp $(wildcard tests/*.hpp) $(SOURCES) | packages
+	$(call compile,-O1 $(CHECKED) -fsanitize=thread -DNANOCU_TEAM_ALONE,-lgomp)
 
 # For arm64: from nano.cu alone, and from all together. qemu runs them in place of such a processor.
 ARM64 := build/arm64/plain $(if $(wildcard docs/nanocu.cu),build/arm64/nanocu)

@@ -659,14 +659,13 @@ struct Rotate {
         const bool query = head < H, value = head >= H + KV, inside = head < H + 2 * KV;
         const float* weight = query ? q_norm : k_norm;
         Real* v = qkv + size_t(row) * c.qkv_dim() + size_t(head) * HD;
-        float squares = 0, factor = 1, four[4];
-        for (int i = lanes.rank * 4; weight && inside && i < HD; i += lanes.size * 4) {
-            read(v, head, i, four);
-            for (float x : four) squares += x * x;
+        float squares = 0, factor = 1, a[4], b[4];
+        for (int i = lanes.rank * 4; weight && inside && i < half; i += lanes.size * 4) {
+            read(v, head, i, a), read(v, head, i + half, b);
+            for (int j = 0; j < 4; j++) squares += a[j] * a[j] + b[j] * b[j];
         }
         if (weight) factor = inverse_root(lanes.sum(squares) / float(HD) + c.norm_eps);
         for (int i = lanes.rank * 4; inside && i < half; i += lanes.size * 4) {
-            float a[4], b[4];
             read(v, head, i, a), read(v, head, i + half, b);
             if (!value) turn(row, i, weight, factor, a, b);
             if (query) {
@@ -897,7 +896,7 @@ private:
             for (int g = 0; g < groups; g++) value += values[g * HD + i];
             put(i, value, top, sum);
         }
-        team.barrier();  // before values are written again
+        // Before values are written again, all come to the first barrier of the next query.
     }
 };
 

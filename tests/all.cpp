@@ -3,6 +3,7 @@
 #include "cache.cpp"
 #include "sampler.cpp"
 #include "team.cpp"
+#include "ops.cpp"
 #include "tokenizer.cpp"
 #include "text.cpp"
 #include "loader.cpp"

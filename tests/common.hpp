@@ -3,7 +3,9 @@
 #define NANOCU_NO_MAIN
 #include "../nano.cu"
 
+#ifndef NANOCU_TEAM_ALONE  // that is, without OpenMP
 #include "../docs/chapters/all.hpp"
+#endif
 
 #include <doctest/doctest.h>
 #include <sys/wait.h>

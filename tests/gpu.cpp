@@ -1,10 +1,9 @@
 // The GPU against the CPU: teams and their draws, each op, whole models; and what does not fit. Run by
-// `make test-gpu`.
-#include "common.hpp"
+// `make test-gpu`. The stream of a device does not wait for what is done outside of it, nor that for
+// the stream: so tests wait for all, before and behind what they do.
+#include "twins.hpp"
 
 namespace {
-
-using namespace cuda;
 
 template <class T>
 struct OnDevice {
@@ -21,171 +20,111 @@ struct OnDevice {
     }
 };
 
-// Floats to and from the device. Its stream does not wait for copies outside of it, nor they for
-// the stream: so all is waited for.
-template <class T>
-void put(T* to, const std::vector<float>& values) {
-    std::vector<T> raw(values.begin(), values.end());
-    check(cudaMemcpy(to, raw.data(), raw.size() * sizeof(T), cudaMemcpyHostToDevice), "test");
-    check(cudaDeviceSynchronize(), "test");
-}
-template <class T>
-std::vector<float> get(const T* from, size_t n) {
-    std::vector<T> raw(n);
-    check(cudaDeviceSynchronize(), "test");
-    check(cudaMemcpy(raw.data(), from, n * sizeof(T), cudaMemcpyDeviceToHost), "test");
-    return {raw.begin(), raw.end()};
+void wait_for_all() { check(cudaDeviceSynchronize(), "test"); }
+
+// The device that engines have, with all chapters on it.
+using Full = cuda::Stream<cuda::FastDraw<cuda::SharedPrefix<cuda::PrefillAttention<
+    cuda::DecodeAttention<cuda::FewRows<CudaDevice>>>>>>;
+
+const vector<string> kChapters = {"few-rows", "decode-attention", "prefill-attention",
+                                  "shared-prefix", "fast-draw", "stream"};
+
+// All chapters but those: what to switch off so that only they are on.
+vector<string> all_but(const vector<string>& these) {
+    vector<string> off;
+    for (const string& name : kChapters) if (!std::ranges::count(these, name)) off.push_back(name);
+    return off;
 }
 
-// The device, its ops open.
-struct Opened : CudaDevice {
-    using CudaDevice::add_linear, CudaDevice::attend, CudaDevice::compute_logits;
-    using CudaDevice::forward, CudaDevice::look_up, CudaDevice::norm_linear;
-    using CudaDevice::norm_swiglu, CudaDevice::upload, CudaDevice::layers;
-    using CudaDevice::graphs, CudaDevice::stream, CudaDevice::streams, CudaDevice::streamed_steps;
-    using CudaDevice::ready_words, CudaDevice::stream_rows, CudaDevice::shared_tiles;
-    using CudaDevice::x, CudaDevice::qkv, CudaDevice::att, CudaDevice::h, CudaDevice::logits;
-    const size_t room;  // in rows; at least one behind those of a step
+// That device, its ops open. Steps have up to so many tokens, and arrays room for one row more.
+struct Opened : Full {
+    NANOCU_OPEN(Full);
+    using Full::arguments, Full::decode_step, Full::draw, Full::forward, Full::graphs;
+    using Full::ready_words, Full::stream, Full::streamed_steps, Full::takes, Full::upload;
+    const size_t room;  // in rows
 
-    Opened(const Model& m, int tokens, int rows, int blocks)
-        : CudaDevice(m, 0, tokens + 1, rows, false), room(std::max(tokens + 1, kGraphRows)) {
+    Opened(const Model& m, int tokens, int rows, int blocks, vector<string> without = {})
+        : Full(m, {tokens + 1, rows, 0, false, without}, cuda::matrix_pages(m.config.head_dim),
+               cuda::matrix_pages(m.config.head_dim)),
+          room(std::max(tokens + 1, kLogitRows)) {
         reserve(blocks);
         // slots that are not written yet may hold any number; 0x4343 is 195, which would show
-        poison(kv, kv_bytes / sizeof(*kv), 0x43);
+        poison(kv, blocks * c.block_numbers(), 0x43);
         share_from = INT_MIN;  // blocks are shared even where it does not pay
     }
-    void poison(auto* array, size_t count, int byte) {
-        check(cudaDeviceSynchronize(), "test");
-        check(cudaMemset(array, byte, count * sizeof(*array)), "test");
-        check(cudaDeviceSynchronize(), "test");
+    template <class T>
+    void poison(const Owned<T*, cudaFree>& array, size_t count, int byte) {
+        wait_for_all();
+        check(cudaMemset((T*)array, byte, count * sizeof(T)), "test");
+        wait_for_all();
     }
     // Whatever ops write becomes NaN, so that it shows if they do not.
     void poison() {
         poison(x, room * c.hidden, 0xFF), poison(normed, room * c.hidden, 0xFF);
-        poison(qkv, room * c.qkv(), 0xFF), poison(att, room * c.heads * c.head_dim, 0xFF);
+        poison(qkv, room * c.qkv_dim(), 0xFF), poison(att, room * c.q_dim(), 0xFF);
         poison(gate_up, room * 2 * c.intermediate, 0xFF), poison(h, room * c.intermediate, 0xFF);
-        poison(logits, size_t(kGraphRows) * c.vocab, 0xFF);
+        poison(angles, room * c.head_dim, 0xFF);
+        poison(logits, size_t(kLogitRows) * c.vocab, 0xFF);
     }
-};
-
-// Random numbers of deviation 1, the same in every run, as a T can hold them.
-template <class T>
-std::vector<float> random_values(size_t n) {
-    static uint64_t seed = 0;
-    std::vector<float> values(n);
-    seed++;
-    #pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
-        int32_t bits = int32_t(philox(seed, 0, uint32_t(i)) >> 32);
-        values[i] = float(T(1.732f * float(bits) / 0x1p31f));
+    // padded: rows of a captured step; else 0. one_each: as decode_step needs it.
+    StepArrays lay(Step& step, int padded = 0, bool one_each = false) {
+        wait_for_all();  // the arrays of the step before may be in use
+        return upload(step, std::max(step.tokens(), padded), one_each || padded, padded);
     }
-    return values;
-}
-
-// A model of random weights; so are its norms and biases, which dummy weights leave plain.
-Model random_model(const std::string& family, int D, int F, int H, int KV, int HD) {
-    TempFolder folder;
-    json config = {{"architectures", json::array({family + "ForCausalLM"})}, {"vocab_size", 1003},
-        {"hidden_size", D}, {"num_hidden_layers", 2}, {"num_attention_heads", H},
-        {"num_key_value_heads", KV}, {"head_dim", HD}, {"intermediate_size", F},
-        {"max_position_embeddings", 16384}, {"rope_theta", 10000.0}};
-    folder.write("config.json", config.dump());
-    Model m(folder.path, true);
-    auto vary = [](std::vector<float>& values, float mean) {
-        std::vector<float> by = random_values<float>(values.size());
-        for (size_t i = 0; i < values.size(); i++) values[i] = mean + 0.3f * by[i];
-    };
-    vary(m.final_norm, 1);
-    for (Layer& l : m.layers) {
-        vary(l.attn_norm, 1), vary(l.mlp_norm, 1), vary(l.q_norm, 1), vary(l.k_norm, 1);
-        if (m.config.type == "qwen2") vary(l.bias, 0);
+    static void all(auto op) {
+        op();
+        wait_for_all();
     }
-    return m;
-}
-
-// Puts tokens begin .. end - 1 of one more sequence into a step; all tables are of one width.
-void add_part(Step& step, const std::vector<int>& table, int begin, int end) {
-    step.table_width = int(table.size());
-    int sequence = int(step.tables.size() / table.size());
-    for (int i = begin; i < end; i++) {
-        step.ids.push_back(i * 7 % 1000);
-        step.positions.push_back(i);
-        step.sequence.push_back(sequence);
+    template <class T>
+    static void put(T* to, const std::vector<float>& values) {
+        std::vector<T> raw;
+        for (float v : values) raw.push_back(T(v));
+        wait_for_all();
+        check(cudaMemcpy(to, raw.data(), raw.size() * sizeof(T), cudaMemcpyHostToDevice), "test");
+        wait_for_all();
     }
-    step.tables.insert(step.tables.end(), table.begin(), table.end());
-}
-
-// Calls an op as the CPU's are called: by all threads.
-void by_all(auto op) {
-    #pragma omp parallel
-    op();
-}
-
-// From the order in which the CPU keeps rows that it multiplies with weights, and back.
-std::vector<float> unpaired(const std::vector<float>& rows, bool back = false) {
-    std::vector<float> out(rows.size());
-    for (int i = 0; i < int(out.size()); i++)
-        back ? out[cpu::paired(i)] = rows[i] : out[i] = rows[cpu::paired(i)];
-    return out;
-}
-
-// The relative L2 error ||got - expected|| / ||expected|| of all, and that of the worst row.
-std::pair<double, double> relative_errors(const std::vector<float>& got,
-                                          const std::vector<float>& expected, size_t rows) {
-    double error = 0, norm = 0, worst = 0;
-    size_t width = got.size() / rows;
-    #pragma omp parallel for reduction(+ : error, norm) reduction(max : worst)
-    for (size_t row = 0; row < rows; row++) {
-        double e = 0, n = 0;
-        for (size_t i = row * width; i < (row + 1) * width; i++) {
-            e += std::pow(double(got[i]) - expected[i], 2);
-            n += std::pow(double(expected[i]), 2);
-        }
-        error += e, norm += n, worst = std::max(worst, std::sqrt(e / n));
+    template <class T>
+    static std::vector<float> get(const T* from, size_t n) {
+        std::vector<T> raw(n);
+        wait_for_all();
+        check(cudaMemcpy(raw.data(), from, n * sizeof(T), cudaMemcpyDeviceToHost), "test");
+        return {raw.begin(), raw.end()};
     }
-    return {std::sqrt(error / norm), worst};  // the first is NaN if any number is
-}
+    template <class T>
+    static std::vector<float> get(const Owned<T*, cudaFree>& from, size_t n) {
+        return get((const T*)(T*)from, n);
+    }
+    template <class T>
+    static void put(const Owned<T*, cudaFree>& to, const std::vector<float>& values) {
+        put((T*)to, values);
+    }
+    void put_input(bf16* to, const std::vector<float>& rows) { put(to, rows); }
+    std::vector<float> get_input(const bf16* from, size_t n) { return get(from, n); }
+    void put_qkv(const std::vector<float>& rows, const std::vector<float>&) { put(qkv, rows); }
 
-// Compares what ops give; tells the largest errors at the end.
-struct Comparison {
-    std::map<std::string, std::pair<double, double>> largest;  // by op
-
-    // limit: for the error of all rows. The row behind them must still be poisoned.
-    void operator()(const std::string& op, const auto* device, const std::vector<float>& expected,
-                    size_t rows, size_t width, double limit) {
-        std::vector<float> got = get(device, (rows + 1) * width);
-        size_t untouched = std::count_if(got.end() - width, got.end(), [](float f) {
-            return std::isnan(f);
+    // Whether a chapter is switched on, and can do its part here.
+    bool on(const string& chapter) const {
+        return std::ranges::any_of(served, [&](const auto& op) {
+            return op.second.starts_with(chapter) || op.second.find(", else " + chapter) != string::npos;
         });
-        got.resize(rows * width);
-        auto [error, worst] = relative_errors(got, expected, rows);
-        INFO(op, ", rows ", rows);
-        CHECK(error < limit);
-        CHECK(worst < 3e-2);
-        CHECK(untouched == width);
-        auto& [all, row] = largest[op];
-        all = std::max(all, error), row = std::max(row, worst);
-    }
-    ~Comparison() {
-        for (auto& [op, errors] : largest)
-            MESSAGE(op, ": largest error ", errors.first, ", of a row ", errors.second);
     }
 };
 
 // The logits of all positions of a prompt, which is computed in one step.
-std::vector<float> all_logits(Opened& gpu, const std::vector<int>& prompt, size_t vocab) {
-    int T = int(prompt.size());
+std::vector<float> all_logits(Opened& gpu, const std::vector<int>& prompt) {
+    const int T = int(prompt.size());
     std::vector<int> table(Cache::blocks_for(T));
     std::iota(table.rbegin(), table.rend(), 0);
     Step step;
     add_part(step, table, 0, T);
     step.ids = prompt;
     step.logit_rows = step.positions;
+    const StepArrays s = gpu.lay(step);
     gpu.poison();
-    auto [arrays, decodes, tiles] = gpu.upload(step, T);
-    gpu.forward(arrays, T, decodes, tiles);
-    gpu.compute_logits(arrays.logit_rows, T);
-    return get(gpu.logits, T * vocab);
+    gpu.all([&] { gpu.forward(s); });
+    std::vector<float> all = logits_of(gpu, s, T);
+    all.resize(size_t(T) * gpu.c.vocab);
+    return all;
 }
 
 EngineOptions on_gpu(int mebibytes) {
@@ -216,21 +155,21 @@ void check_golden(const Model& m, const json& all, const EngineOptions& o, int i
     CHECK(e.cache.free() == e.cache.blocks());
 }
 
+// The device of an engine; engines make no other one here.
+Full& device_of(const Engine& e) { return dynamic_cast<Full&>(*e.device); }
+
+// Whether decodes of few rows are streamed here; where they are not, a line says so.
+bool streamed(const Device& device) {
+    const bool yes = device.served.at("decode_step").starts_with("stream");
+    if (!yes) MESSAGE("skipped: ", device.note);
+    return yes;
+}
+
 // The device's memory: what is free, and all of it.
 std::pair<size_t, size_t> memory() {
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "test");
     return {free, total};
-}
-
-// Draws an id for each key by a team of one block.
-__global__ void __launch_bounds__(1024)
-draw_by_block(const DrawKey* keys, const float* logits, int V, int* drawn) {
-    extern __shared__ __align__(16) char scratch[];
-    Block team(scratch);
-    const DrawKey& key = keys[blockIdx.x];
-    int id = draw_id(team, logits + size_t(key.row) * V, V, key.sampling, key.sample, key.position);
-    if (id >= 0) drawn[blockIdx.x] = id;
 }
 
 // What a block's threads get from each other; sets bits of wrong where it is not right.
@@ -262,6 +201,65 @@ __global__ void try_block(int* wrong) {
     right(8, number == 5 + (uint64_t(all) << 20) + n * 0xFFFFFFFFull);
 }
 
+// Draws by the cluster and by one block; tells of the first cases that are wrong, and returns how many
+// are.
+int try_draws(const std::vector<float>& logits, int V, const std::vector<DrawKey>& keys) {
+    const int draws = int(keys.size());
+    OnDevice<cuda::DrawScratch> scratch(std::vector(draws, cuda::DrawScratch{}));
+    OnDevice<float> on_device(logits);
+    OnDevice<DrawKey> device_keys(keys);
+    const std::vector<int> none(draws, -1);
+    OnDevice<int> of_cluster(none), of_block(none), host(none), host_of_block(none);
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    // clusters are Hopper's
+    const int blocks = cuda::runs_hopper_code((const void*)cuda::draw_ids) ? cuda::kDrawBlocks : 1;
+    cluster.val.clusterDim = {unsigned(blocks), 1, 1};
+    cudaLaunchConfig_t config = {dim3(draws * blocks), dim3(cuda::kDrawThreads), 0, nullptr,
+                                 &cluster, unsigned(blocks > 1)};
+    const DrawKey* these = device_keys.data;
+    const float* those = on_device.data;
+    check(cudaLaunchKernelEx(&config, cuda::draw_ids, these, scratch.data, those, V, blocks,
+                             of_cluster.data, host.data), "draw_ids");
+    on_blocks<<<draws, DrawIds::kThreads, kDrawScratch>>>(
+        DrawIds{these, those, V, of_block.data, host_of_block.data});
+    wait_for_all();
+    const auto clusters = of_cluster.get(draws), singles = of_block.get(draws);
+    CHECK(host.get(draws) == clusters);
+    CHECK(host_of_block.get(draws) == singles);
+    int wrong = 0;
+    for (int i = 0; i < draws; i++) {
+        const DrawKey& key = keys[i];
+        const std::span<const float> row(&logits[size_t(key.row) * V], V);
+        const int expected = sample_id(row, key.sampling, key.sample, key.position);
+        if (clusters[i] == expected && singles[i] == expected) continue;
+        if (wrong++ == 0)
+            MESSAGE(V, " logits, draw ", i, ", k ", key.sampling.top_k, " p ", key.sampling.top_p,
+                    " m ", key.sampling.min_p, " t ", key.sampling.temperature, ": cluster ",
+                    clusters[i], ", block ", singles[i], ", not ", expected);
+    }
+    return wrong;
+}
+
+// Logits, with ties or without, and keys that ask for all kinds of draws from them.
+int try_random_draws(std::mt19937& random, int draws, int V, int position) {
+    std::vector<float> logits(size_t(draws) * V);
+    std::normal_distribution<float> normal(0, 0.1f + float(random() % 5));
+    const bool ties = random() % 3 == 0;
+    for (float& l : logits) l = ties ? std::round(normal(random) * 2) / 2 : normal(random);
+    std::vector<DrawKey> keys(draws);
+    for (int i = 0; i < draws; i++) {
+        Sampling s;
+        s.temperature = random() % 5 == 0 ? 0 : 0.1f + float(random() % 20) / 10.0f;
+        s.top_k = random() % 3 == 0 ? 0 : 1 + int(random() % (random() % 2 ? 50 : V));
+        s.top_p = random() % 3 == 0 ? 1 : float(1 + random() % 999) / 1000.0f;
+        s.min_p = random() % 3 == 0 ? float(random() % 1000) / 1000.0f : 0;
+        s.seed = random();
+        keys[i] = {s, i, int(random() % 8), position};
+    }
+    return try_draws(logits, V, keys);
+}
+
 }  // namespace
 
 TEST_CASE("gpu: a block's sums, maxima and groups") {
@@ -277,241 +275,101 @@ TEST_CASE("gpu: a block's sums, maxima and groups") {
 TEST_CASE("gpu: a block and a cluster draw what one thread draws, for 10,000 cases") {
     std::mt19937 random(1);
     const int draws = 16;
-    OnDevice<DrawScratch> scratch(std::vector<DrawScratch>(draws, DrawScratch{}));
-    OnDevice<int> drawn((std::vector<int>(draws)));
     int wrong = 0, cases = 0;
-    for (int round = 0; round < 640; round++) {
+    for (int round = 0; round < 640; round++, cases += draws) {
         const int sizes[] = {151936, 1000 + int(random() % 5000), 1 + int(random() % 300)};
-        const int V = sizes[round % 3];
-        std::vector<float> logits(size_t(draws) * V);
-        std::normal_distribution<float> normal(0, 0.1f + random() % 5);
-        bool ties = random() % 3 == 0;
-        for (float& l : logits) l = ties ? std::round(normal(random) * 2) / 2 : normal(random);
-        std::vector<DrawKey> keys(draws);
-        std::vector<int> expected(draws);
-        for (int i = 0; i < draws; i++) {
-            Sampling s;
-            s.temperature = random() % 5 == 0 ? 0 : 0.1f + (random() % 20) / 10.0f;
-            s.top_k = random() % 3 == 0 ? 0 : 1 + random() % (random() % 2 ? 50 : V);
-            s.top_p = random() % 3 == 0 ? 1 : (1 + random() % 999) / 1000.0f;
-            s.min_p = random() % 3 == 0 ? (random() % 1000) / 1000.0f : 0;
-            s.seed = random();
-            keys[i] = {s, i, int(random() % 8), round};
-            std::span<const float> row(&logits[size_t(i) * V], V);
-            expected[i] = sample_id(row, s, keys[i].sample, keys[i].position);
-        }
-        OnDevice<float> on_device(logits);
-        OnDevice<DrawKey> device_keys(keys);
-        OnDevice<int> host((std::vector<int>(draws)));
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cudaFuncAttributes code;
-        check(cudaFuncGetAttributes(&code, draw_ids), "draw_ids");
-        const int blocks = code.ptxVersion >= 90 ? kDrawBlocks : 1;  // clusters are Hopper's
-        cluster.val.clusterDim = {unsigned(blocks), 1, 1};
-        cudaLaunchConfig_t config = {unsigned(draws * blocks), kDrawThreads, 0, nullptr, &cluster,
-                                     blocks > 1};
-        const DrawKey* these = device_keys.data;
-        const float* those = on_device.data;
-        check(cudaLaunchKernelEx(&config, draw_ids, these, scratch.data, those, V, blocks,
-                                 drawn.data, host.data), "draw_ids");
-        check(cudaDeviceSynchronize(), "sample");
-        OnDevice<int> by_block(std::vector<int>(draws, -1));
-        draw_by_block<<<draws, 1024, kDrawScratch>>>(these, those, V, by_block.data);
-        check(cudaDeviceSynchronize(), "draw_by_block");
-        auto of_cluster = drawn.get(draws), of_block = by_block.get(draws);
-        for (int i = 0; i < draws; i++) {
-            cases++;
-            if (of_cluster[i] == expected[i] && of_block[i] == expected[i]) continue;
-            if (wrong++ < 10)
-                MESSAGE(V, " draw ", i, ", ties ", ties, " k ", keys[i].sampling.top_k, " p ",
-                        keys[i].sampling.top_p, " m ", keys[i].sampling.min_p, " t ",
-                        keys[i].sampling.temperature, ": cluster ", of_cluster[i], ", block ",
-                        of_block[i], ", not ", expected[i]);
-        }
+        wrong += try_random_draws(random, draws, sizes[round % 3], round);
     }
     CHECK(cases >= 10000);
     CHECK(wrong == 0);
 }
 
-TEST_CASE("gpu: ops, each against the CPU's") {
+TEST_CASE("gpu: chapters are those that the tests know") {
+    Model m = random_model("Llama", 64, 64, 1, 1, 64);
+    CHECK(Opened(m, 1, 1, 1).chapters == kChapters);
+    const Opened off(m, 1, 1, 1, {"all"});
+    for (const string& name : kChapters) CHECK(!off.on(name));
+    for (const string& name : kChapters) {
+        vector<string> on = {name};
+        if (name == "shared-prefix") on = {name, "decode-attention", "prefill-attention"};
+        const Opened one(m, 1, 1, 1, all_but(on));
+        CAPTURE(one.note);
+        CHECK(one.on(name) == one.note.empty());
+    }
+}
+
+TEST_CASE("gpu: op by op, the GPU against the CPU, and each chapter against the plain ops") {
     const struct { const char* family; int D, F, H, KV, HD; } models[] = {
         {"Llama", 64, 128, 1, 1, 64}, {"Qwen3", 256, 512, 4, 2, 64}, {"Llama", 576, 1536, 9, 3, 64},
         {"Qwen2", 896, 4864, 14, 2, 64}, {"Qwen3", 1024, 3072, 16, 8, 128},
         {"Qwen2", 96, 160, 2, 1, 64},     // multiples of 32, which few_rows asks for
         {"Qwen3", 80, 208, 1, 1, 128}};   // and of no more than 16
-    Comparison compare;
-    std::mt19937 random(2);
+    Comparison plain, few, full;
     for (const auto& [family, D, F, H, KV, HD] : models) {
         Model m = random_model(family, D, F, H, KV, HD);
-        Opened gpu(m, 1000, 1, 1);
-        Activations a(m.config, 1000);
-        const Layer& l = m.layers[1];
-        const DeviceLayer& d = gpu.layers[1];
-        const int N = m.config.qkv_dim(), V = m.config.vocab;
-        INFO(family, ", hidden size ", D);
+        OnCpu cpu(m, 1000, 1, 63, {"all"});
+        Opened gpu(m, 1000, 1, 63, {"all"}), with_few_rows(m, 1000, 1, 63, all_but({"few-rows"}));
+        Opened with_all(m, 1000, 1, 63);
         for (int T : {1, 2, 3, 7, 8, 9, 17, 255, 1000}) {
-            Step step;
-            add_part(step, {0}, 0, T);
-            for (int i = 0; i < std::min(T, kGraphRows - 1); i++)
-                step.logit_rows.push_back(int(random() % T));
-            auto arrays = gpu.upload(step, T).arrays;
-            auto set_x = [&, D = D] {
-                std::vector<float> x = random_values<float>(size_t(T) * D);
-                gpu.poison();
-                put(gpu.x, x);
-                std::ranges::copy(x, a.x.begin());
-            };
-
-            gpu.poison();
-            by_all([&] { cpu::embed(m, step, a); });
-            gpu.look_up(arrays, T);
-            compare("embed", gpu.x, a.x, T, D, 1e-9);  // exact
-
-            set_x();
-            Layer unbiased = l;  // on the GPU, biases are attend's
-            std::ranges::fill(unbiased.bias, 0);
-            by_all([&] { cpu::norm_linear(m, unbiased, step, a); });
-            gpu.norm_linear<Into::values>(T, nullptr, d.attn_norm, d.qkv, N, gpu.qkv);
-            compare("norm_linear", gpu.qkv, a.qkv, T, N, 1e-2);
-
-            auto add = [&](const char* name, b16* in, const Matrix& w, const b16* device_w) {
-                set_x();
-                auto values = random_values<b16>(size_t(T) * w.cols);
-                auto ordered = unpaired(values, true);
-                put(in, values);
-                by_all([&] { cpu::add_linear(ordered, w, step, a); });
-                gpu.add_linear(T, in, device_w, w.cols);
-                compare(name, gpu.x, a.x, T, w.rows, 1e-3);  // only the order of sums differs
-            };
-            add("add_linear, attention's", gpu.att, l.o, d.o);
-            add("add_linear, the MLP's", gpu.h, l.down, d.down);
-
-            set_x();
-            by_all([&] { cpu::norm_swiglu(m, l, step, a); });
-            gpu.norm_swiglu(T, d);
-            compare("norm_swiglu", gpu.h, unpaired(a.h), T, F, 1e-2);
-
-            set_x();
-            std::vector<float> expected;
-            auto rows = std::span(step.logit_rows);
-            for (size_t i = 0; i < rows.size(); i += kLogitRows) {
-                auto part = rows.subspan(i, std::min<size_t>(kLogitRows, rows.size() - i));
-                by_all([&] { cpu::logits(m, part, a); });
-                auto begin = a.logits.begin();
-                expected.insert(expected.end(), begin, begin + part.size() * V);
-            }
-            gpu.compute_logits(arrays.logit_rows, int(rows.size()));
-            compare("logits", gpu.logits, expected, rows.size(), V, 4e-3);
+            INFO("the GPU against the CPU");
+            compare_elements(cpu, gpu, T, plain);
+            compare_products(m, cpu, gpu, T, plain);
+        }
+        for (int T : {1, 2, 3, 7, 8, 9}) {
+            INFO("few-rows against the plain ops");
+            compare_products(m, gpu, with_few_rows, T, few);
+        }
+        for (int T : {1, 5, 255}) {
+            INFO("all chapters against the plain ops");
+            compare_products(m, gpu, with_all, T, full);
         }
     }
 }
 
-// Contexts are built up as prompts on both devices. Then all sequences go on behind their contexts,
-// in chunks and in decodes: each time anew, over what was written there the time before.
-TEST_CASE("gpu: attention against the CPU's, over contexts, chunks and heads") {
-    const struct { int G, KV; } heads[] = {{1, 8}, {2, 4}, {3, 3}, {4, 2}, {7, 2}, {8, 1}};
-    const int kTokens = 5000, kBlocks = 3500, kLayer = 1;
-    Comparison compare;
+// Contexts up to 10,000 tokens.
+TEST_CASE("gpu: attention, the GPU against the CPU, and each chapter against the plain op") {
+    const struct { int G, KV, HD; } shapes[] = {
+        {1, 8, 64}, {2, 4, 64}, {3, 3, 64}, {4, 2, 64}, {7, 2, 64}, {8, 1, 64},
+        {1, 8, 128}, {2, 4, 128}, {3, 3, 128}, {4, 2, 128}, {7, 2, 128}, {8, 1, 128},
+        {3, 2, 96}, {4, 1, 256}, {16, 1, 64}, {16, 1, 128}};  // these are for the plain op alone
+    Comparison plain, chapters;
     std::mt19937 random(3);
-    for (int HD : {64, 128}) for (const auto [G, KV] : heads) {
+    for (const auto& [G, KV, HD] : shapes) {
         std::vector<int> contexts = {2000, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000};
         if (G == 3 || G == 8) contexts[0] = 10000;
         while (contexts.size() < 40) contexts.push_back(1 + int(random() % 100));
-        std::vector<int> blocks(kBlocks);
-        std::iota(blocks.begin(), blocks.end(), 0);
-        std::ranges::shuffle(blocks, random);
-        std::vector<std::vector<int>> tables;
-        for (int n : contexts) {
-            auto& table = tables.emplace_back(Cache::blocks_for(contexts[0] + 1000));
-            for (int i = 0; i < Cache::blocks_for(n + 1000); i++, blocks.pop_back())
-                table[i] = blocks.back();
-            REQUIRE(!blocks.empty());
-        }
+        const Texts texts(contexts, 1000);
         const char* family = std::array{"Llama", "Qwen2", "Qwen3"}[(G + HD / 64) % 3];
         Model m = random_model(family, 64, 64, G * KV, KV, HD);
-        Opened gpu(m, kTokens, 40, kBlocks);
-        Activations a(m.config, kTokens);
-        KvMemory kv(m.config, kBlocks);
-        const int Q = m.config.q_dim(), N = m.config.qkv_dim(), group = G;
-        INFO(family, ", head_dim ", HD, ", query heads of a kv head ", group);
-
-        // padded: rows that kernels are launched for, where the step is captured; else 0
-        auto attend = [&](const char* name, Step& step, int padded) {
-            int T = step.tokens();
-            REQUIRE(T <= kTokens);
-            std::vector<float> qkv = random_values<b16>(size_t(T) * N);
-            const std::vector<float>& bias = m.layers[kLayer].bias;
-            #pragma omp parallel for
-            for (int t = 0; t < T; t++) {
-                float *q = &qkv[size_t(t) * N], *k = q + Q;
-                // a token likes itself best, so that it shows in long contexts, too
-                for (int i = 0; i < Q; i++)
-                    q[i] = float(b16(q[i] + 0.4f * k[i / HD / group * HD + i % HD]));
-                for (int i = 0; i < N; i++) a.qkv[size_t(t) * N + i] = q[i] + bias[i];
-            }
-            gpu.poison();
-            put(gpu.qkv, qkv);
-            by_all([&] { cpu::embed(m, step, a); });  // for the angles
-            by_all([&] { cpu::attend(m, kLayer, step, a, kv); });
-            auto [arrays, decodes, tiles] = gpu.upload(step, std::max(T, padded));
-            gpu.look_up(arrays, T);  // the angles, too
-            if (padded) gpu.attend(arrays, kLayer, padded, padded, tiles ? gpu.shared_tiles() : 0);
-            else gpu.attend(arrays, kLayer, T, decodes, tiles);
-            compare(name, gpu.att, unpaired(a.att), T, Q, 1e-2);
-            return tiles;
-        };
-        for (int begin = 0; begin < contexts[0]; begin += 1000) {
-            Step step;
-            for (int i = 0; i < 40; i++)
-                if (begin < contexts[i])
-                    add_part(step, tables[i], begin, std::min(contexts[i], begin + 1000));
-            attend("attend, contexts", step, 0);
+        Opened gpu(m, 5000, 40, texts.blocks, {"all"});
+        {
+            INFO("the GPU against the CPU");
+            OnCpu cpu(m, 5000, 40, texts.blocks, {"all"});
+            compare_attention(m, cpu, gpu, texts, 1000, 2000, true, plain);
         }
-        const int counts[] = {1, 2, 5, 64, 100, 129, 1000};
-        for (int round = 0; round < 7; round++) {
-            Step step;
-            for (int i = 0; i < 40; i++) {
-                int count = i < 12 ? counts[(i + round) % 7] : 1;
-                add_part(step, tables[i], contexts[i], contexts[i] + count);
-            }
-            attend("attend, chunks beside decodes", step, 0);
-        }
-        for (int n : {1, 3, 12, 40}) {
-            Step step;
-            for (int i = 0; i < n; i++) add_part(step, tables[i], contexts[i], contexts[i] + 1);
-            attend("attend, decodes", step, 0);
-            attend("attend, decodes as captured", step, (n + 15) / 16 * 16);
-        }
-        // of three, one has a context of its own, the others begin with the blocks of one of two
-        for (int count : {1, 300}) {
-            Step step;
-            for (int i = 0; i < 40; i++) {
-                const int pages = std::array{0, 120, 40}[i % 3];
-                const auto& from = tables[i % 3 == 1 ? 0 : 11];
-                std::vector<int> table(from.begin(), from.begin() + pages);
-                table.insert(table.end(), tables[i].begin(), tables[i].end());
-                table.resize(tables[0].size() + 120);
-                int n = i % 3 ? 1 + contexts[i] % 120 + pages * kBlockSize : contexts[i];
-                add_part(step, table, n, n + (i == 5 ? count : 1));
-            }
-            CHECK(attend("attend, decodes that share blocks", step, 0) >= 1 + count / 300);
-            if (count == 1) attend("attend, shared as captured", step, 48);
+        if (cuda::DecodeAttention<CudaDevice>::not_for(gpu.c)[0]) continue;
+        for (const vector<string>& on : {vector<string>{"decode-attention"}, {"prefill-attention"},
+                                         {"decode-attention", "prefill-attention", "shared-prefix"}}) {
+            INFO("against the plain op: ", listed(on));
+            Opened other(m, 5000, 40, texts.blocks, all_but(on));
+            for (const string& name : on) CHECK(other.on(name));
+            compare_attention(m, gpu, other, texts, 1000, INT_MAX, true, chapters);
         }
     }
 }
 
 TEST_CASE("gpu: golden logits, and golden ids behind golden ids") {
-    for (const std::string& name : kTiny) {
+    for (const std::string& name : kTiny) for (const char* without : {"", "all"}) {
         CAPTURE(name);
+        CAPTURE(without);
         Model m(kData + "models/" + name);
-        Opened gpu(m, kGraphRows - 1, 1, 16);
+        Opened gpu(m, Opened::kLogitRows - 1, 1, 16, {without});
         const size_t V = m.config.vocab;
         double largest = 0;
         for (const json& one : golden("models/" + name + "/golden.json")) {
             std::vector<int> prompt = one["prompt"], ids = one["greedy"];
             size_t last = prompt.size() - 1;
-            std::vector<float> ours = all_logits(gpu, prompt, V);
+            std::vector<float> ours = all_logits(gpu, prompt);
             ours.erase(ours.begin(), ours.begin() + last * V);
             double error = relative_errors(ours, one["last_logits"], 1).first;
             CAPTURE(last);
@@ -519,29 +377,28 @@ TEST_CASE("gpu: golden logits, and golden ids behind golden ids") {
             largest = std::max(largest, error);
 
             prompt.insert(prompt.end(), ids.begin(), ids.end());
-            ours = all_logits(gpu, prompt, V);
+            ours = all_logits(gpu, prompt);
             for (size_t i = 0; i < ids.size(); i++)
                 if (one["margin"][i] > 2.0) CHECK(argmax({&ours[(last + i) * V], V}) == ids[i]);
         }
-        MESSAGE(name, ": largest error of the last logits ", largest);
+        MESSAGE(name, " without ", without, ": largest error of the last logits ", largest);
     }
 }
 
-TEST_CASE("gpu: golden models, in a batch, in chunks, with graphs and without") {
-    for (const std::string& name : kTiny) for (int variant = 0; variant < 4; variant++) {
-        INFO(name, ", variant ", variant);
-        EngineOptions o = on_gpu(200);
-        o.graphs = variant != 1, o.chunk = variant == 2 ? 7 : 512;
+// With all chapters, without each of them, without any; in a batch, without graphs, in chunks, scored.
+TEST_CASE("gpu: golden models, in a batch, in chunks, with graphs and without, whatever is off") {
+    vector<vector<string>> switched_off = {{}, {"all"}};
+    for (const string& chapter : kChapters) switched_off.push_back({chapter});
+    for (const std::string& name : kTiny) {
         Model m(kData + "models/" + name);
-        check_golden(m, golden("models/" + name + "/golden.json"), o, 24, variant == 3);
+        const json all = golden("models/" + name + "/golden.json");
+        for (const vector<string>& off : switched_off) for (int variant = 0; variant < 4; variant++) {
+            INFO(name, ", without ", listed(off), ", variant ", variant);
+            EngineOptions o = on_gpu(200);
+            o.graphs = variant != 1, o.chunk = variant == 2 ? 7 : 512, o.without = off;
+            check_golden(m, all, o, 24, variant == 3);
+        }
     }
-}
-
-// Whether decodes of few rows are streamed here; where they are not, a line says so.
-bool streamed(const CudaDevice& device) {
-    bool yes = bool(device.*(&Opened::streams));
-    if (!yes) MESSAGE("skipped: ", device.note);
-    return yes;
 }
 
 TEST_CASE("gpu: golden models, streamed") {
@@ -550,7 +407,7 @@ TEST_CASE("gpu: golden models, streamed") {
         EngineOptions o = on_gpu(200);
         o.max_rows = rows, o.graphs = rows != 3;
         Model m(kData + "models/" + name);
-        if (!streamed(static_cast<CudaDevice&>(*Engine(m, o).device))) return;
+        if (!streamed(*Engine(m, o).device)) return;
         check_golden(m, golden("models/" + name + "/golden.json"), o, 24, false);
     }
 }
@@ -561,45 +418,38 @@ TEST_CASE("gpu: streamed steps against the ops") {
         {"Llama", 64, 64, 1, 1, 64}, {"Qwen3", 192, 320, 2, 4, 128}, {"Qwen2", 576, 1536, 3, 3, 64},
         {"Llama", 1024, 3072, 4, 8, 64}, {"Qwen3", 2112, 4160, 2, 8, 128},
         {"Qwen2", 896, 4864, 7, 2, 64}, {"Llama", 4096, 8192, 8, 1, 128}};
-    const int contexts[] = {5000, 1, 15, 16, 17, 64, 300, 1000};
-    std::mt19937 random(4);
+    const Texts texts({5000, 1, 15, 16, 17, 64, 300, 1000}, 16);
     double largest = 0;
     for (const auto& [family, D, F, G, KV, HD] : models) {
         Model m = random_model(family, D, F, G * KV, KV, HD);
-        Opened gpu(m, 1000, 8, 8 * 320);
+        Opened gpu(m, 1000, 8, texts.blocks);
         if (!streamed(gpu)) return;
         const size_t V = m.config.vocab;
-        std::vector<int> blocks(8 * 320);
-        std::iota(blocks.begin(), blocks.end(), 0);
-        std::ranges::shuffle(blocks, random);
-        auto table = [&](int i) {
-            return std::vector<int>(blocks.begin() + 320 * i, blocks.begin() + 320 * (i + 1));
-        };
         for (int i = 0; i < 8; i++)
-            for (int begin = 0; begin < contexts[i]; begin += 1000) {
+            for (int begin = 0; begin < texts.contexts[i]; begin += 1000) {
                 Step step;
-                add_part(step, table(i), begin, std::min(contexts[i], begin + 1000));
-                auto [arrays, decodes, tiles] = gpu.upload(step, step.tokens());
-                gpu.forward(arrays, step.tokens(), decodes, tiles);
-                check(cudaDeviceSynchronize(), "test");  // before its arrays are written anew
+                add_part(step, texts.tables[i], begin, std::min(texts.contexts[i], begin + 1000));
+                const StepArrays s = gpu.lay(step);
+                gpu.all([&] { gpu.forward(s); });
             }
         for (int rows : {1, 2, 3, 8, 5}) for (int first : {0, 3, 7}) {
             INFO(family, ", hidden size ", D, ", rows ", rows, ", from ", first);
             Step step;
             for (int i = 0; i < rows; i++) {
-                int c = (first + i) % 8;
-                add_part(step, table(c), contexts[c], contexts[c] + 1);
+                const int text = (first + i) % 8, n = texts.contexts[text];
+                add_part(step, texts.tables[text], n, n + 1);
                 step.logit_rows.push_back(i);
             }
-            auto [arrays, decodes, tiles] = gpu.upload(step, rows);
+            const StepArrays s = gpu.lay(step, 0, true);
+            REQUIRE(gpu.takes(s));
             gpu.poison();
-            gpu.forward(arrays, rows, decodes, tiles);
-            gpu.compute_logits(arrays.logit_rows, rows);
-            auto expected = get(gpu.logits, rows * V);
+            gpu.all([&] { gpu.forward(s); });
+            auto expected = logits_of(gpu, s, rows);
+            expected.resize(rows * V);
             gpu.poison();
             gpu.ready_words(rows);
-            gpu.stream_rows(arrays, rows);
-            auto [error, worst] = relative_errors(get(gpu.logits, rows * V), expected, rows);
+            gpu.all([&] { CHECK(gpu.decode_step(s)); });
+            auto [error, worst] = relative_errors(gpu.get(gpu.logits, rows * V), expected, rows);
             CHECK(error < 2e-2);
             CHECK(worst < 3e-2);
             largest = std::max(largest, worst);
@@ -616,9 +466,9 @@ TEST_CASE("gpu: streamed steps with random delays") {
         EngineOptions o = on_gpu(400);
         o.max_context = 12000, o.max_rows = rows;
         Engine e(m, o);
-        auto& device = static_cast<CudaDevice&>(*e.device);
+        Full& device = device_of(e);
         if (!streamed(device)) return std::vector<std::vector<int>>();
-        (device.*(&Opened::streams))->delays = delays;
+        (device.*(&Opened::arguments))->delays = delays;
         std::vector<Request> requests;
         for (int i = 0; i < rows; i++) {
             Request& r = requests.emplace_back(greedy({i, 1, 2}, tokens));
@@ -643,45 +493,68 @@ TEST_CASE("gpu: tiny model, for the sanitizers") {
     SUBCASE("few rows") {}
     SUBCASE("many rows") { o.chunk = 512; }
     SUBCASE("graphs") { o.graphs = true; }
+    SUBCASE("many rows, all chapters off") { o.chunk = 512, o.without = {"all"}; }
     check_golden(m, {all[0], all[2]}, o, 8, false);  // no choice of theirs is close
+}
+
+// The plain ops one by one, so that none of cuBLAS' kernels is among them.
+TEST_CASE("gpu: plain ops, for the sanitizers") {
+    const struct { const char* family; int G, KV, HD; } models[] = {
+        {"Qwen3", 2, 2, 64}, {"Qwen2", 7, 1, 128}, {"Llama", 1, 1, 256}};
+    const Texts texts({60, 1, 15, 16, 17, 33, 30, 31, 32, 5, 6, 40}, 16);
+    Comparison compare;
+    for (const auto& [family, G, KV, HD] : models) {
+        Model m = random_model(family, 64, 64, G * KV, KV, HD);
+        OnCpu cpu(m, 250, 16, texts.blocks, {"all"});
+        Opened gpu(m, 250, 16, texts.blocks, {"all"});
+        compare_elements(cpu, gpu, 3, compare);
+        compare_attention(m, cpu, gpu, texts, 16, 60, true, compare);
+    }
+    std::mt19937 random(1);
+    CHECK(try_random_draws(random, 4, 1003, 7) == 0);
 }
 
 // What a step of the engine takes beyond its graph alone, launched again and again: if the GPU waits
 // for the host, it shows here. Contexts grow, so the graphs are timed before and behind some steps.
+// What comes out depends on the machine, so nothing is asked of it but that steps are captured.
 TEST_CASE("gpu: no gap between decode steps") {
     Model m("tests/configs/qwen3-0.6b", true);
     for (int rows : {1, 256}) {
         EngineOptions o = on_gpu(0);
         o.kv_memory = size_t(20) << 30, o.max_context = 1024;
         Engine e(m, o);
-        auto& device = static_cast<CudaDevice&>(*e.device);
+        Full& device = device_of(e);
         for (int i = 0; i < rows; i++) {
             Request r;
             r.prompt = {i, 1, 2, 3}, r.max_tokens = 1000, r.ignore_eos = true;
             e.add(r);
         }
+        int graphs = 0;
         auto graph_seconds = [&] {
-            check(cudaDeviceSynchronize(), "test");
+            wait_for_all();
+            graphs = 0;
             double start = now();
             for (int i = 0; i < 20; i++)
-                for (auto& [key, graph] : device.*(&Opened::graphs))
-                    if (std::get<0>(key) == rows)
-                        check(cudaGraphLaunch(graph, device.*(&Opened::stream)), "test");
-            check(cudaDeviceSynchronize(), "test");
-            return (now() - start) / 40;
+                for (auto& [key, graph] : device.*(&Opened::graphs)) {
+                    if (std::get<0>(key) != rows) continue;
+                    check(cudaGraphLaunch(graph, device.*(&Opened::stream)), "test");
+                    graphs++;
+                }
+            wait_for_all();
+            return (now() - start) / graphs;
         };
         std::vector<double> gaps;
         for (int round = 0; round < 9; round++) {
             for (int i = 0; i < 40; i++) e.step();
             double before = graph_seconds(), start = now();
             for (int i = 0; i < 40; i++) e.step();
-            check(cudaDeviceSynchronize(), "test");
+            wait_for_all();
             double step = (now() - start) / 40;
             gaps.push_back(1e6 * (step - (before + graph_seconds()) / 2));
         }
+        CHECK(graphs == 40);  // one for each buffer: every step is one of them
         std::ranges::sort(gaps);
         MESSAGE(rows, " rows: gap of ", gaps[4], " us (", gaps[0], " to ", gaps[8], ")");
-        CHECK(gaps[4] < 20);
     }
 }
 

@@ -1,7 +1,9 @@
 // What is written for a team of threads, run by teams that play a thread block, against one thread.
-// `make test-team` builds this file alone, with ThreadSanitizer, which needs it to be without OpenMP.
+// `make test-team` builds this file and ops.cpp by themselves, with ThreadSanitizer, which needs them
+// to be without OpenMP.
 #ifdef NANOCU_TEAM_ALONE
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include "ops.cpp"
 #endif
 #include "team.hpp"
 
@@ -74,6 +76,26 @@ TEST_CASE("a team's sums, maxima and groups") {
             if (!right) FAIL_CHECK("rank ", team.rank, " of ", size);
         });
     }
+}
+
+TEST_CASE("a team whose threads do not all meet is found out") {
+    auto error_of_team = [](auto work) {
+        try {
+            ThreadTeam::run(64, 0, work);
+        } catch (const std::logic_error& e) {
+            return std::string(e.what());
+        }
+        return std::string();
+    };
+    CHECK(error_of_team([](auto& team) { team.sum(1), team.group(8).sum(1); }) == "");
+    // one warp may do more than another, but not one group in it
+    CHECK(error_of_team([](auto& team) { if (team.rank < 32) team.group(8).sum(1); }) == "");
+    CHECK(error_of_team([](auto& team) { if (team.rank < 8) team.group(8).sum(1); })
+              .find("of a warp") != std::string::npos);
+    CHECK(error_of_team([](auto& team) { if (team.rank != 5) team.barrier(); })
+              .find("of the team") != std::string::npos);
+    CHECK(error_of_team([](auto& team) { if (team.rank < 32) team.max(1.0f); })
+              .find("of the team") != std::string::npos);
 }
 
 TEST_CASE("a team of any size draws what one thread draws") {
