@@ -86,14 +86,15 @@ install: nanocu  ## into PREFIX, /usr/local; nanocu-serve, too, if it was built
 	install nanocu $(wildcard nanocu-serve) $(DESTDIR)$(PREFIX)/bin
 
 # For docs/exercises/check: quick to build, with assertions; block-N has blocks of N tokens.
+QUICK := -O1 -ftree-vectorize -D_GLIBCXX_ASSERTIONS
 build/exercises/nanocu: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
-	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
+	$(call compile,$(QUICK))
 
 build/exercises/block-%: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
-	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS -DNANOCU_BLOCK_SIZE=$*)
+	$(call compile,$(QUICK) -DNANOCU_BLOCK_SIZE=$*)
 
 build/exercises/%: docs/exercises/%/check.cpp $(SOURCES) $(PARTS) | packages
-	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
+	$(call compile,$(QUICK))
 
 # Installs what is missing of the packages $1. dpkg names some with their architecture: name:amd64.
 define install

@@ -167,7 +167,7 @@ struct EngineOptions {
     bool prefix_cache = true;
     bool graphs = true;         // decode steps are captured (GPU)
     string device = "auto";     // or cpu, cuda, cuda:1
-    vector<string> without;     // chapters that are switched off; "all": all of them
+    vector<string> without = {};  // chapters that are switched off; "all": all of them
 };
 
 // The device that o.device names; auto: a GPU where there is one. Fills in what o leaves to it.
