@@ -62,12 +62,12 @@ nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
 nanocu-serve: docs/commands/serve.cu $(SOURCES) $(PARTS) | packages tools
 	$(call compile,-O3 -DNDEBUG,$(HTTP))
 
-plain: build/plain/nanocu $(if $(NVCC),build/plain/nanocu-gpu)  ## nano.cu alone, build/plain/nanocu; with nvcc the GPU too
+plain: build/plain/nanocu $(if $(NVCC),build/plain-gpu/nanocu)  ## nano.cu alone, build/plain/nanocu; with nvcc the GPU too
 
 build/plain/nanocu: $(SOURCES) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
-build/plain/nanocu-gpu: $(SOURCES) | packages
+build/plain-gpu/nanocu: $(SOURCES) | packages
 	$(call compile_gpu,-O3 -DNDEBUG)
 
 gpu: build/gpu/nanocu build/gpu/nanocu-serve  ## both with the GPU in them, in build/gpu; needs nvcc
