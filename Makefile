@@ -9,12 +9,15 @@ PREFIX   := /usr/local
 BROWSER  := chromium chromium-driver python3-selenium
 PACKAGES := g++ libcli11-dev doctest-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev \
     libedit-dev libbsd-dev libmd-dev libncurses-dev libeigen3-dev python3-venv
+PACKAGES_ARM64 := g++-aarch64-linux-gnu qemu-user $(addsuffix -dev:arm64,libpcre2 libutf8proc \
+    libedit libbsd libmd libncurses)
 TOOLS    := cmark-gfm libcpp-httplib-dev patch
 NVCC     := $(shell command -v nvcc)
 
-# x86-64-v3 (AVX2, FMA), never -march=native: a binary built here runs elsewhere.
-ARCH     := $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3)
-FLAGS    := -std=c++20 $(ARCH) -fopenmp -Wall -Wextra
+# A PC's binary needs x86-64-v3 (AVX2, FMA), one for arm64 nothing; never -march=native: a binary that
+# is built here runs elsewhere.
+MARCH     = $(if $(filter x86_64-%,$(shell $(CXX) -dumpmachine)),-march=x86-64-v3)
+FLAGS     = -std=c++20 $(MARCH) -fopenmp -Wall -Wextra
 # Tests are built without NDEBUG: freed memory is poisoned, and the standard library checks indices.
 CHECKED  := -g1 -D_GLIBCXX_ASSERTIONS
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -DDOCTEST_CONFIG_NO_POSIX_SIGNALS
@@ -38,16 +41,15 @@ GPU_CODE := -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compu
 define compile_gpu
 	@mkdir -p $(@D)
 	nvcc -x cu -std=c++20 $(GPU_CODE) -diag-suppress 68,20011,20014 \
-	    -Xcompiler $(if $(ARCH),$(ARCH)$(comma))-fopenmp,-Wall,-Wextra $1 $< -o $@ $(LIBS) $2 -lcublas -lgomp
+	    $(addprefix -Xcompiler ,$(MARCH) -fopenmp -Wall -Wextra) $1 $< -o $@ $(LIBS) $2 -lcublas -lgomp
 endef
-comma := ,
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build plain gpu install model test test-exercises test-team test-gpu test-sanitize \
-    docs-check guide lines packages tools browser clean distclean
+.PHONY: help demo build plain gpu install model test test-exercises test-team test-arm64 test-gpu \
+    test-sanitize docs-check guide lines packages arm64-packages tools browser clean distclean
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: nanocu $(MODEL)/config.json  ## install, build and fetch what is missing, then ask a model a question
 	./nanocu chat $(MODEL) -t 0 -p "What is the capital of France?"
@@ -84,19 +86,20 @@ install: nanocu  ## into PREFIX, /usr/local; nanocu-serve, too, if it was built
 	install nanocu $(wildcard nanocu-serve) $(DESTDIR)$(PREFIX)/bin
 
 # For docs/exercises/check: quick to build, with assertions; block-N has blocks of N tokens.
+QUICK := -O1 -ftree-vectorize -D_GLIBCXX_ASSERTIONS
 build/exercises/nanocu: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
-	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
+	$(call compile,$(QUICK))
 
 build/exercises/block-%: docs/exercises/nanocu.cu $(SOURCES) $(PARTS) | packages
-	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS -DNANOCU_BLOCK_SIZE=$*)
+	$(call compile,$(QUICK) -DNANOCU_BLOCK_SIZE=$*)
 
 build/exercises/%: docs/exercises/%/check.cpp $(SOURCES) $(PARTS) | packages
-	$(call compile,-O1 -D_GLIBCXX_ASSERTIONS)
+	$(call compile,$(QUICK))
 
-# Installs what is missing of the packages $1.
+# Installs what is missing of the packages $1. dpkg names some with their architecture: name:amd64.
 define install
-	@missing="$(filter-out $(shell dpkg-query -W -f '$${Package}/$${db:Status-Status}\n' $1 \
-	    2>/dev/null | sed -n 's,/installed$$,,p'),$1)"; \
+	@missing="$(filter-out $(shell dpkg-query -W -f '$${binary:Package}/$${db:Status-Status}\n' $1 \
+	    2>/dev/null | sed -n "s,/installed$$,,; T; s,:$$(dpkg --print-architecture),,; p"),$1)"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then \
 	    echo "no apt-get here: the build needs what Debian calls $$missing"; exit 0; fi; \
@@ -166,6 +169,25 @@ test-team: build/test-team  ## of these, what is written for a GPU's thread bloc
 build/test-team: FLAGS := $(filter-out -fopenmp,$(FLAGS)) -Wno-unknown-pragmas
 build/test-team: tests/team.cpp tests/ops.cpp $(wildcard tests/*.hpp) $(SOURCES) | packages
 	$(call compile,-O1 $(CHECKED) -fsanitize=thread -DNANOCU_TEAM_ALONE,-lgomp)
+
+# For arm64: from nano.cu alone, and from all together. qemu runs them in place of such a processor.
+ARM64 := build/arm64/plain $(if $(wildcard docs/nanocu.cu),build/arm64/nanocu)
+test-arm64: $(ARM64) nanocu $(MODEL)/config.json  ## build for arm64, and compare greedy ids with this machine's
+	set -e; for binary in $(ARM64); do tests/arm64.py ./nanocu $$binary $(MODEL); done
+
+arm64-packages: | packages
+	@if command -v dpkg >/dev/null && ! dpkg --print-foreign-architectures | grep -q arm64; then \
+	    if [ $$(id -u) = 0 ]; then sudo=; else sudo=sudo; fi; \
+	    $$sudo dpkg --add-architecture arm64; \
+	fi
+	$(call install,$(PACKAGES_ARM64))
+
+build/arm64/%: override CXX := aarch64-linux-gnu-g++
+build/arm64/%: override CXXFLAGS += -Wno-psabi
+build/arm64/plain: nano.cu $(SOURCES) $(PARTS) | arm64-packages
+	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
+build/arm64/nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | arm64-packages
+	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
 # The binary may come from another machine: it is built only where it is not there. racecheck breaks
 # down in cuBLAS, so it sees the steps and the ops that do without.

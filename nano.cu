@@ -167,11 +167,12 @@ struct EngineOptions {
     bool prefix_cache = true;
     bool graphs = true;         // decode steps are captured (GPU)
     string device = "auto";     // or cpu, cuda, cuda:1
-    vector<string> without;     // chapters that are switched off; "all": all of them
+    vector<string> without = {};  // chapters that are switched off; "all": all of them
 };
 
 // The device that o.device names; auto: a GPU where there is one. Fills in what o leaves to it.
-// context: most tokens of a sequence. Throws a line that says what is wrong. See the end of chapter 4.
+// context: most tokens of a sequence. An error is a line that says what is wrong. It stands at the
+// end of chapter 4.
 std::unique_ptr<Device> make_device(const Model& m, EngineOptions& o, int context);
 
 // Who looks on as an engine works, where Engine::observer is set.
@@ -880,14 +881,15 @@ private:
     NANOCU_BOTH void merge_groups(Team& team, Group& lanes, const State& q, int j, auto put) const {
         const int HD = c.head_dim, groups = lanes.count, d = lanes.rank * 8;
         float *tops = (float*)team.scratch + 2 * j * groups, *totals = tops + groups;
-        float* values = (float*)team.scratch + 2 * kQueries * groups;  // [groups, HD], for one query
+        float* values = (float*)team.scratch + 2 * kQueries * groups;  // [groups, HD], of query j
         if (lanes.rank == 0) tops[lanes.index] = q.top, totals[lanes.index] = q.total;
         team.barrier();
         float top = -1e30f, sum = 0;
         for (int g = 0; g < groups; g++) top = fmaxf(top, tops[g]);
         for (int g = 0; g < groups; g++) sum += totals[g] * exp2f(tops[g] - top);
         const float factor = exp2f(q.top - top);
-        for (int i = 0; i < 8 && d < HD; i++) values[lanes.index * HD + d + i] = q.values[i] * factor;
+        for (int i = 0; i < 8 && d < HD; i++)
+            values[lanes.index * HD + d + i] = q.values[i] * factor;
         team.barrier();
         for (int i = team.rank; i < HD; i += team.size) {
             float value = 0;
@@ -942,7 +944,8 @@ struct Activate {
     NANOCU_BOTH void operator()(Team& team, int unit) const {
         const int F = c.intermediate, row = unit / parts;
         const Real* from = gate_up + size_t(row) * 2 * F;
-        for (int i = (unit % parts * team.size + team.rank) * 4; i < F; i += parts * team.size * 4) {
+        const int rank = unit % parts * team.size + team.rank, size = parts * team.size;
+        for (int i = rank * 4; i < F; i += size * 4) {
             auto gate = load<4>(from + i), up = load<4>(from + F + i);
             float out[4];
             for (int j = 0; j < 4; j++) {
@@ -1150,7 +1153,7 @@ protected:
         return carver.at + o.rows * width * sizeof(int);
     }
 
-    // Puts a step where s lies, which is the host's memory. Rows that the step has not get the id 0.
+    // Puts a step where s lies, in the host's memory. Rows that the step does not have get id 0.
     void fill(StepArrays& s, const Step& step) {
         *s.header = {step.tokens(), step.table_width, 0, 0};
         std::ranges::copy(step.ids, s.ids);
@@ -1239,7 +1242,7 @@ protected:
     template <class T>
     static Array<T> make(size_t count) {
         auto memory = (T*)calloc(std::max<size_t>(count, 1), sizeof(T));
-        if (!memory) fail("memory: ", count * sizeof(T) >> 20, " MiB are too much for this machine");
+        if (!memory) fail("memory: ", count * sizeof(T) >> 20, " MiB are more than there is");
         return memory;
     }
     static Array<float> to_device(const vector<float>& values) {
@@ -1677,8 +1680,8 @@ protected:
         }
     }
 
-    // The draws from rows begin .. begin + count - 1 of logits. What needs the host (penalties, log-
-    // probabilities, an observer) is resolved there.
+    // The draws from rows begin .. begin + count - 1 of logits. Penalties, log-probabilities and
+    // observers are the host's work.
     void draw_rows(const StepArrays& s, Step& step, int begin, int count) {
         auto row_of = [](const Draw& d) { return d.row; };
         const auto first = std::ranges::lower_bound(step.draws, begin, {}, row_of);
@@ -1855,13 +1858,6 @@ volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C
 void put(const string& text) {
     if (fwrite(text.data(), 1, text.size(), stdout) < text.size() || fflush(stdout))
         fail("stdout: ", strerror(errno), "; the output is incomplete");
-}
-
-// One object on stdout: JSON, or a line for each value (lists are for JSON only).
-void put_object(const ordered& j, bool as_json) {
-    if (as_json) return put(j.dump() + "\n");
-    for (auto& [key, value] : j.items())
-        if (!value.is_array()) put(str(std::left, std::setw(20), key, value.dump(), "\n"));
 }
 
 // What a command starts with: the model, its tokenizer if it has one, the engine.
@@ -2053,9 +2049,8 @@ const char* const kChatHelp =
 // Whether a message begins with a slash and a word: a path has more than one slash.
 bool is_command(const string& message) {
     string word = message.substr(0, message.find_first_of(" \n"));
-    return word.size() > 1 && word[0] == '/' && std::ranges::all_of(word.substr(1), [](char c) {
-        return (c | 32) >= 'a' && (c | 32) <= 'z';
-    });
+    auto is_letter = [](unsigned char c) { return isalpha(c) != 0; };
+    return word.size() > 1 && word[0] == '/' && std::ranges::all_of(word.substr(1), is_letter);
 }
 
 void chat(const Flags& f) {
@@ -2122,7 +2117,7 @@ bool add_command(const Command& c) {
 std::function<void(Flags&)> fill_in = [](Flags&) {};
 
 // How many letters must be put in, left out or replaced to make one word of the other
-// (Levenshtein 1966): row[j] is the distance of a's first letters from the first j of b.
+// (Levenshtein 1966). row[j] is the distance of a's first i letters from the first j of b.
 int distance(const string& a, const string& b) {
     vector<int> row(b.size() + 1);
     std::iota(row.begin(), row.end(), 0);
@@ -2152,13 +2147,11 @@ struct CommandLine {
     Flags f = {};
     CLI::App app;
     string help;           // a line for each flag
-    vector<string> names;  // of all flags
+    vector<string> names = {"--help"};  // of all flags
 
     CommandLine() {
         f.sampling.seed = std::random_device()();
         app.allow_extras();  // to be told better than the library does
-        app.set_version_flag("--version", "nanocu 0.1");
-        names = {"--help", "--version"};
     }
 
     // Begins a group of flags in the help.
@@ -2260,19 +2253,17 @@ int run_command(const Command& command, int argc, char** argv) try {
     CommandLine line;
     line.argument("MODEL", line.f.model, "a model's folder, as Hugging Face has it");
     command.add_flags(line);
+    string error;
     try {
         line.app.parse(argc, argv);
-        if (string what = line.not_understood(); !what.empty()) throw CLI::ExtrasError({what});
     } catch (const CLI::CallForHelp&) {
         put(str("nanocu ", command.name, ": ", command.help, "\n\n", line.help));
         return 0;
-    } catch (const CLI::CallForVersion& e) {
-        put(string(e.what()) + "\n");
-        return 0;
     } catch (const CLI::ParseError& e) {
-        string what = line.not_understood();
-        fail(what.empty() ? e.what() : what, "; see nanocu ", command.name, " --help");
+        error = e.what();
     }
+    if (string more = line.not_understood(); !more.empty()) error = more;  // tells better why
+    if (!error.empty()) fail(error, "; see nanocu ", command.name, " --help");
     for (const string& stop : line.f.stop)
         if (stop.empty()) fail("--stop: is empty; leave it out");
     fill_in(line.f);
@@ -2331,10 +2322,6 @@ int run_program(int argc, char** argv) try {
     return report(e.what());
 }
 
-void json_flag(CommandLine& line) {
-    line.flag("--json", line.f.json, "JSON on stdout, one object a line");
-}
-
 void chat_flags(CommandLine& line) {
     line.flag("-p,--prompt TEXT", line.f.text, "one question; answer it and end");
     line.flag("--system TEXT", line.f.system, "the system message");
@@ -2344,7 +2331,7 @@ void chat_flags(CommandLine& line) {
 }
 
 void generate_flags(CommandLine& line) {
-    json_flag(line);
+    line.flag("--json", line.f.json, "JSON on stdout, one object a line");
     line.flag("--samples N", line.f.samples, "continuations of the one prompt; else 1", kSize);
     line.flag("--logprobs K", line.f.logprobs, "log-probabilities, and of the K likeliest (JSON)",
               CLI::Range(1000));
@@ -2355,9 +2342,8 @@ void generate_flags(CommandLine& line) {
     line.engine_flags();
 }
 
-const bool kChat = add_command({"chat", "talk; /help there names what it knows", chat_flags, chat});
-const bool kGenerate =
-    add_command({"generate", "continue a text as it is", generate_flags, generate});
+const bool kAdded = add_command({"chat", "talk; /help there names what it knows", chat_flags, chat})
+    && add_command({"generate", "continue a text as it is", generate_flags, generate});
 
 #ifndef NANOCU_NO_MAIN
 int main(int argc, char** argv) { return run_program(argc, argv); }

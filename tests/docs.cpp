@@ -24,9 +24,8 @@ vector<string> markdown_files() {
 
 vector<string> source_files() {
     vector<string> files;
-    for (const char* folder : {"docs/forks", "docs/chapters", "docs/commands"})
-        if (fs::exists(folder))
-            for (const string& file : files_of(folder, {".hpp", ".cu"})) files.push_back(file);
+    for (const char* folder : {"docs/chapters", "docs/commands"})
+        for (const string& file : files_of(folder, {".hpp", ".cu", ".cuh"})) files.push_back(file);
     for (const char* file : {"nano.cu", "model.hpp", "cache.hpp", "sampler.hpp"}) files.push_back(file);
     return files;
 }

@@ -18,8 +18,7 @@ std::string copy_tree(const std::string& name) {
         fs::copy_file(file, to + "/" + file, fs::copy_options::overwrite_existing);
         fs::last_write_time(to + "/" + file, fs::last_write_time(file));
     }
-    for (const char* folder : {"docs/forks", "docs/chapters", "docs/commands", "docs/exercises"}) {
-        if (!fs::exists(folder)) continue;
+    for (const char* folder : {"docs/chapters", "docs/commands", "docs/exercises"}) {
         fs::copy(folder, to + "/" + folder, fs::copy_options::recursive);
         for (const auto& entry : fs::recursive_directory_iterator(folder))
             fs::last_write_time(to + "/" + entry.path().string(), entry.last_write_time());
@@ -62,8 +61,8 @@ std::string all_sources() {
     std::string all;
     for (const char* file : {"nano.cu", "model.hpp", "cache.hpp", "sampler.hpp", "Makefile"})
         all += read_file(file);
-    for (const char* folder : {"docs/forks", "docs/chapters", "docs/commands", "tests"})
-        if (fs::exists(folder)) for (const auto& entry : fs::directory_iterator(folder))
+    for (const char* folder : {"docs/chapters", "docs/commands", "tests"})
+        for (const auto& entry : fs::directory_iterator(folder))
             if (entry.is_regular_file() && entry.path() != "tests/exercises.cpp") all += read_file(entry.path());
     return all;
 }

@@ -1,5 +1,5 @@
-// all.hpp: the chapters, stacked on the devices of nano.cu. Each is a class over the one below it, so
-// the order is that of the course (README.md), and what comes later has the first say.
+// all.hpp: the chapters, stacked on the devices of nano.cu. Each is a class over the one below it.
+// The order is that of the course (README.md), and what comes later has the first say.
 #pragma once
 
 #include "cpu-vectors.hpp"

@@ -1,5 +1,5 @@
-// cpu-vectors.hpp: the CPU's ops on vector registers. Replaces norm_linear, norm_swiglu, add_linear,
-// rotate and attend of CpuDevice; the rest stays as it is in nano.cu.
+// cpu-vectors.hpp: the CPU's ops on vector registers. Replaces norm_linear, norm_swiglu,
+// add_linear, rotate and attend of CpuDevice; the rest stays as it is in nano.cu.
 //
 // What it gains and how:
 //   - A weight is used for up to 8 rows while it is in a register, and 4 rows of weights share a
@@ -15,7 +15,8 @@
 //
 //   - Norm and activation are done where their product's numbers pass by.
 // The compiler's vector types are used, so this builds for x86-64 and for arm64. The bits of a row
-// depend on nothing but its own tokens: every sum has one order, whatever the batch, chunk or threads.
+// depend on nothing but its own tokens: every sum has one order, in any batch, chunk or number of
+// threads.
 #pragma once
 
 constexpr int kPrefetch = 8192;  // weights fetched ahead of their use, in numbers
@@ -127,8 +128,8 @@ void norm(const float* x, int n, const float* weight, float eps, float* out, Ord
 // R queries q [R, HD] of one kv head over the first n tokens of a table: out [R, HD] =
 // softmax(q K^T / sqrt(HD)) V, paired. scores: room for R times n, rounded up to whole blocks.
 template <int R>
-NANOCU_CLONES void attend_heads(const Shape& c, const float* q, const float* kv, int layer, int head,
-                                const int* table, int n, float* scores, float* out) {
+NANOCU_CLONES void attend_heads(const Shape& c, const float* q, const float* kv, int layer,
+                                int head, const int* table, int n, float* scores, float* out) {
     int HD = c.head_dim, size = Cache::blocks_for(n) * kBlockSize;
     float inverse[R], scale = 1 / std::sqrt(float(HD));
     for (int i = 0; i < size; i += kBlockSize) {

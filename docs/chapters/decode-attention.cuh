@@ -1,10 +1,12 @@
-// decode-attention.cuh: attention of decodes on tensor cores. Replaces attend_decodes of CudaDevice.
+// decode-attention.cuh: attention of decodes on tensor cores. Replaces attend_decodes of
+// CudaDevice.
 //
-// A decode has one token, so few queries, and reads a whole context of keys and values. The plain op
-// spends its time on multiplying numbers one by one. Here the up to 8 query heads that share a kv
-// head are the 8 columns of an mma.sync:
+// A decode has one token, so few queries, and reads a whole context of keys and values. The plain
+// op spends its time on multiplying numbers one by one. Here the up to 8 query heads that share a
+// kv head are the 8 columns of an mma.sync:
 //
-//    S^T [16 tokens, 8 heads] = K [16, HD] Q^T [HD, 8]        O^T [HD, 8] += V^T [HD, 16] P^T [16, 8]
+//    S^T [16 tokens, 8 heads] = K [16, HD] Q^T [HD, 8]
+//    O^T [HD, 8] += V^T [HD, 16] P^T [16, 8]
 //
 // Keys go from memory to registers as they lie there. Parts of a context are merged by the block
 // that comes last, so no second kernel is needed.
@@ -69,8 +71,8 @@ decode_attend(StepArrays s, Shape c, int layer, const bf16* qkv, const bf16* kv,
     if (first >= blocks) return;
     const int* table = s.tables + s.sequence[row] * s.header->table_width;
     uint4 q[HD / 32] = {};
-    for (int j = 0; j < HD / 32 && g < G; j++)
-        q[j] = *(const uint4*)(qkv + size_t(row) * c.qkv_dim() + (head * G + g) * HD + 32 * j + 8 * t);
+    const bf16* queries = qkv + size_t(row) * c.qkv_dim() + (head * G + g) * HD + 8 * t;
+    for (int j = 0; j < HD / 32 && g < G; j++) q[j] = *(const uint4*)(queries + 32 * j);
     float o[HD / 16][4] = {}, top[2] = {-1e30f, -1e30f}, sum[2] = {};  // of heads 2t, 2t + 1
     int token = g / 2 + g % 2 * 4;  // of row g of S^T; row g + 8 is 8 further
     for (int b = first + warp; b < last; b += kDecodeWarps) {
@@ -124,7 +126,8 @@ decode_attend(StepArrays s, Shape c, int layer, const bf16* qkv, const bf16* kv,
         each[kPrefixParts] = all;
         #pragma unroll
         for (int z = 0; z < kPrefixParts; z++) {  // all are read at the same time
-            const float* part = prefix_part(prefix_results, c, with.at, head, z) + i / HD * (HD + 2);
+            const float* part = prefix_part(prefix_results, c, with.at, head, z);
+            part += i / HD * (HD + 2);
             each[z] = {-1e30f, 0, 0};
             if (z < with.parts) each[z] = {part[HD], part[HD + 1], part[i % HD]};
         }
@@ -153,7 +156,8 @@ public:
                                              {"attend decodes"}, "")) {
         if (!decode_attention) return;
         const size_t rows = std::max(o.tokens, Base::kLogitRows), KV = this->c.kv_heads;
-        partial = this->template make<Attended>(size_t(4 * kMinBlocks) * kMaxGroup * this->c.head_dim);
+        const size_t most = size_t(4 * kMinBlocks) * kMaxGroup * this->c.head_dim;
+        partial = this->template make<Attended>(most);
         tickets = this->template make<int>(rows * KV);
         check(cudaMemset(tickets, 0, rows * KV * sizeof(int)), "memory");
     }

@@ -13,7 +13,7 @@
 namespace cuda {
 
 constexpr int kDrawThreads = 512, kDrawBlocks = 8;  // threads of a block; blocks of a cluster
-constexpr int kListedTopK = kDrawThreads / 4;       // candidates for a larger k may overflow the list
+constexpr int kListedTopK = kDrawThreads / 4;  // for a larger k the list may overflow
 
 // What the blocks of a cluster exchange, in global memory. count and sums are zero between draws.
 struct DrawScratch {
@@ -22,7 +22,8 @@ struct DrawScratch {
 };
 
 // The team of all threads of a cluster. It has no scratch in common: each block has its own, with a
-// histogram of what its own threads add, so a barrier is one of the block.
+// histogram of what its own threads add, so a barrier is one of the block. Where that makes a
+// difference, functions of sampler.hpp have a version for this team below.
 struct Cluster {
     int rank, size;
     char* scratch;
@@ -56,6 +57,9 @@ struct Cluster {
     }
 };
 
+// empty_bins (sampler.hpp) for this team: each block clears its own histogram.
+__device__ uint64_t* empty_bins(Cluster& team) { return ::empty_bins(team.block); }
+
 // find_bin (sampler.hpp) for this team: adds up the histograms of all blocks, then each block looks
 // into the sum. There are three sums, which take turns: while blocks add to one, others may still
 // read the one before, and the next is cleared.
@@ -78,7 +82,8 @@ __device__ Found find_bin(Cluster& team, Need need_of) {
 // Writes ids into the list that hold the k likeliest; returns their number, which may be more than
 // there is room for. largest: the largest key of this thread's logits.
 __device__ int list_likeliest(Cluster& team, const float* logits, int V, uint64_t largest, int k) {
-    // The k-th of the threads' largest logits in a block: k ids are as likely, so the k likeliest of
+    // The k-th of the threads' largest logits in a block: k ids are as likely, so the k likeliest
+    // of
     // all are, too. It is found bit by bit, as order_key has them.
     uint32_t least = 0, mine = uint32_t(largest >> 32);
     for (int bit = 31; bit >= 0; bit--)

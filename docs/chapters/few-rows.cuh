@@ -1,16 +1,16 @@
 // few-rows.cuh: products of up to 8 rows, with the norm before and what comes behind in one kernel.
 // Replaces norm_linear, norm_swiglu and add_linear of CudaDevice for steps of up to 8 rows.
 //
-// For one row cuBLAS takes its time: it is made for many, and before it runs a norm, behind it the
-// activation, each a kernel of its own that must begin and end. Here
-//   - weights are the A of mma.sync as they lie in memory, the rows of x are the 8 columns of its B;
+// For one row cuBLAS takes its time: it is made for many, and before it runs a norm, behind it
+// the activation, each a kernel of its own that must begin and end. Here
+//   - weights are the A of mma.sync as they lie in memory, rows of x the 8 columns of its B;
 //   - x is multiplied with the norm's weights on the way in, and the factor 1 / sqrt(mean(x^2)),
 //     which is one number a row, is applied to the sums at the end;
 //   - the first weights are on their way before the kernel before this one is done.
 //
 //    16 rows of w         x: 8 columns
-//   [ ........ k ......]  [ k ]            8 warps take turns at k, 32 at a time; their sums meet in
-//   [ ........ k ......]  [ k ]            shared memory, where silu * up, += x or nothing follows
+//   [ ........ k ......]  [ k ]         8 warps take turns at k, 32 at a time; their sums meet in
+//   [ ........ k ......]  [ k ]         shared memory, where silu * up, += x or nothing follows
 //
 #pragma once
 
@@ -30,8 +30,8 @@ constexpr int kFewRows = 8, kFewThreads = 256;
 // The first are on their way before the kernel before this one is done.
 template <Into into, int kRows>
 __global__ void __launch_bounds__(kFewThreads)
-few_rows(Shape c, int T, int N, int K, const bf16* w, const bf16* in, const float* x, const int* rows,
-         const float* norm, void* out) {
+few_rows(Shape c, int T, int N, int K, const bf16* w, const bf16* in, const float* x,
+         const int* rows, const float* norm, void* out) {
     constexpr int kWarps = kFewThreads / 32, kAhead = 64 / kRows;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     constexpr bool kPairs = into == Into::swiglu;
@@ -107,8 +107,10 @@ protected:
         if (!few(count) || p == kGateUp) return Base::norm_linear(p, layer, rows, count);
         const int N = this->weights[p].N;
         const float* weight = this->norm_weight(p, layer);
-        if (p == kQkv) launch<Into::values, 16>(N, count, p, layer, nullptr, rows, weight, this->qkv);
-        else launch<Into::logits, 16>(N, count, p, layer, nullptr, rows, weight, this->logits);
+        void* out = p == kQkv ? (void*)this->qkv : (void*)this->logits;
+        auto go = &FewRows::launch<Into::values, 16>;
+        if (p == kLmHead) go = &FewRows::launch<Into::logits, 16>;
+        (this->*go)(N, count, p, layer, nullptr, rows, weight, out);
     }
 
     void add_linear(const StepArrays& s, Product p, int layer) override {

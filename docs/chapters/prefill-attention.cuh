@@ -1,4 +1,5 @@
-// prefill-attention.cuh: attention of prompts on tensor cores. Replaces attend_prompts of CudaDevice.
+// prefill-attention.cuh: attention of prompts on tensor cores. Replaces attend_prompts of
+// CudaDevice.
 //
 // In a prompt many queries see the same keys, so arithmetic is the limit, and tensor cores do it 16
 // times as fast as the plain op. The order of work is FlashAttention-3's (Shah et al. 2024):
@@ -128,8 +129,8 @@ __device__ void fetch_tiles(int tiles, auto page, bf16* shared, Barrier (*full)[
 // once for all of them (Hydragen, Juravsky et al. 2024): decode_attend does the rest of each.
 template <int HD, int kKeys>
 __global__ void __launch_bounds__(kTileRows * 3, 1)
-prefill_attend(StepArrays s, Shape c, int layer, const bf16* qkv, const bf16* kv, const int* grouped,
-               float* prefix_results, bf16* att) {
+prefill_attend(StepArrays s, Shape c, int layer, const bf16* qkv, const bf16* kv,
+               const int* grouped, float* prefix_results, bf16* att) {
     extern __shared__ __align__(128) bf16 shared[];  // keys [2, kKeys, HD], values [2, kKeys, HD]
     constexpr int kTile = kKeys * HD, kWarps = kTileRows / 16;
     __shared__ Barrier full[2][2], empty[2][2];  // of keys, of values; two of each
@@ -248,8 +249,9 @@ public:
                                               {"attend prompts"}, "")) {
         if (!prefill_attention) return;
         const bool hopper = runs_hopper_code((const void*)prefill_attend<64, 128>);
-        kernel = hopper ? this->c.head_dim == 64 ? prefill_attend<64, 128> : prefill_attend<128, 128>
-                        : this->c.head_dim == 64 ? prefill_attend<64, 64> : prefill_attend<128, 64>;
+        kernel = this->c.head_dim == 64
+            ? hopper ? prefill_attend<64, 128> : prefill_attend<64, 64>
+            : hopper ? prefill_attend<128, 128> : prefill_attend<128, 64>;
         shared_bytes = 4 * (hopper ? 128 : 64) * this->c.head_dim * sizeof(bf16);
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(shared_bytes)), "prefill_attend");

@@ -5,7 +5,8 @@
 //   row 1   [ A ][ B ][ C ][ D ][ y ]         then each row alone with the rest, x, y or z, and the
 //   row 2   [ A ][ B ][ C ][ D ][ z ]         tile's result merged into its own  (decode_attend)
 //
-// (Hydragen, Juravsky et al. 2024.) It does not always pay: a step does it if that saves enough pages.
+// (Hydragen, Juravsky et al. 2024.) It does not always pay: a step does it if that saves enough
+// pages.
 #pragma once
 
 #include "prefill-attention.cuh"
@@ -82,8 +83,8 @@ protected:
         return {step.table(row), size_t(step.positions[row] / kBlockSize)};
     }
 
-    // Of rows in the order of their tables, begin .. end - 1 have so many first pages in common that
-    // one row more would save less. saved: pages that are not read.
+    // Of rows in the order of their tables, begin .. end - 1 have so many first pages in common
+    // that one row more would save less. saved: pages that are not read.
     struct Group {
         int end, shared, saved;
     };

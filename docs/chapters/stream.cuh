@@ -737,10 +737,10 @@ public:
         if (on) set_up();
     }
 
-    void reserve(int blocks) override {
-        Base::reserve(blocks);
+    void reserve(int count) override {
+        Base::reserve(count);
         const cuuint64_t heads = this->c.kv_heads, rows = this->c.head_dim / 16;  // of 256 numbers
-        const cuuint64_t offset = this->c.value_offset(), pages = cuuint64_t(blocks) * this->c.layers;
+        const cuuint64_t offset = this->c.value_offset(), pages = size_t(count) * this->c.layers;
         if (on) maps.pages = map_tensor(this->kv, {256, heads * rows, 2, pages},
                                         {256, offset, 2 * offset}, {256, cuuint32_t(rows), 2, 1},
                                         CU_TENSOR_MAP_SWIZZLE_NONE);
@@ -797,8 +797,8 @@ protected:
         cudaFuncAttributes code;
         check(cudaFuncGetAttributes(&code, kernel), "stream_step");
         shared_bytes = int(device.sharedMemPerBlockOptin - code.sharedSizeBytes);
-        bool fits = slots_beside(kStreamRows) >= 5 && kStreamRows * c.kv_heads <= kMaxUnits * blocks;
-        return fits ? "" : "shared memory does not suffice";
+        bool units_fit = kStreamRows * c.kv_heads <= kMaxUnits * blocks;
+        return slots_beside(kStreamRows) >= 5 && units_fit ? "" : "shared memory does not suffice";
     }
 
     void set_up() {

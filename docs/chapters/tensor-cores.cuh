@@ -1,9 +1,9 @@
 // tensor-cores.cuh: what the GPU chapters share: products on tensor cores (mma.sync from Ampere on,
 // wgmma on Hopper), barriers and copies in shared memory, and the merge of parts of an attention.
 //
-// The tensor cores' unit is the 8x8 matrix of bf16, one row of 16 bytes. That is how pages of keys and
-// values lie in the cache when these chapters are there (matrix_pages): [2, HD / 8, 8 tokens, 8
-// components], so the cores take them as they lie, and one copy brings a page into shared memory.
+// The tensor cores' unit is the 8x8 matrix of bf16, one row of 16 bytes. That is how pages of keys
+// and values lie in the cache when these chapters are there (matrix_pages): [2, HD / 8, 8 tokens, 8
+// components]. So the cores take them as they lie, and one copy brings a page into shared memory.
 //
 //       components  0..7   8..15  ...          each of these is 8 tokens by 8 components,
 //   tokens  0..7   [ 8x8 ][ 8x8 ] ...          128 bytes in a row

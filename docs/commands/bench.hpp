@@ -3,6 +3,7 @@
 #pragma once
 
 #include "limits.hpp"
+#include "objects.hpp"
 
 namespace bench {
 

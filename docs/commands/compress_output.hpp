@@ -4,6 +4,7 @@
 
 #include "compress_methods.hpp"
 #include "files.hpp"
+#include "objects.hpp"
 
 namespace compress {
 

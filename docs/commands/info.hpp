@@ -1,6 +1,8 @@
 // info: a model's shape, what fits here, and which file serves each op.
 #pragma once
 
+#include "objects.hpp"
+
 namespace info {
 
 void run(const Flags& f) {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "answers.hpp"
+#include "objects.hpp"
 
 namespace pick_prompt {
 

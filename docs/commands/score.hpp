@@ -1,6 +1,8 @@
 // score: how likely a model finds a text: the log-probability of each token given those before it.
 #pragma once
 
+#include "objects.hpp"
+
 namespace score {
 
 void run(const Flags& f) {

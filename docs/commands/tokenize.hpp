@@ -1,6 +1,8 @@
 // tokenize: text to ids and back, and a conversation to the ids that a model gets.
 #pragma once
 
+#include "objects.hpp"
+
 namespace tokenize {
 
 struct Options {

@@ -1,7 +1,9 @@
-// nanocu for the checks of the exercises: the engine with the commands that they run, and no others,
-// so that it is quick to build.
+// nanocu for the checks of the exercises: the engine, what makes it fast, and of the commands only
+// those that the checks run, so that it is quick to build.
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
+
+#include "../chapters/all.hpp"
 
 #include "../commands/batch.hpp"
 #include "../commands/bench.hpp"

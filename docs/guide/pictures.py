@@ -273,25 +273,25 @@ def draw_ops(config):
     H, KV = config["num_attention_heads"], config["num_key_value_heads"]
     HD = D // H
     N = (H + 2 * KV) * HD
-    weights = {"norm_linear": N * D, "attend": 0, "add_linear": D * H * HD, "norm_swiglu": 2 * F * D,
-               "add_linear ": D * F}
-    p = Picture("ops", "Five ops make a layer",
+    weights = {"norm_linear": N * D, "rotate": 0, "attend": 0, "add_linear": D * H * HD,
+               "mlp": 3 * F * D}
+    p = Picture("ops", "What makes a layer",
                 "Shapes of what flows from op to op, and the weights that each op reads.")
     p.text(12, 18, f"x [T, {D}]", "mono bold")
     p.text(412, 18, "weights it reads, to scale", "small muted", "end")
     notes = {"norm_linear": (f"qkv [T, {N}]", "RMS norm; q, k, v in one product"),
-             "attend": (f"att [T, {H * HD}]", "RoPE, k and v into blocks, attention"),
+             "rotate": (f"qkv [T, {N}]", "RoPE; k and v go into blocks"),
+             "attend": (f"att [T, {H * HD}]", "attention over all blocks"),
              "add_linear": (f"x [T, {D}]", "x += att times o"),
-             "norm_swiglu": (f"h [T, {F}]", "RMS norm; silu(gate) times up"),
-             "add_linear ": (f"x [T, {D}]", "x += h times down")}
+             "mlp": (f"x [T, {D}]", "x += (silu(gate) times up) times down")}
     y = 28
     for op, count in weights.items():
         p.line((40, y - 4), (40, y + 6), arrow=True)
-        p.label(12, y + 6, 104, 24, "blue" if op == "attend" else "green", op.strip(), "mono")
+        p.label(12, y + 6, 104, 24, "green" if count else "blue", op, "mono")
         p.text(124, y + 16, notes[op][0], "mono small")
         p.text(124, y + 30, notes[op][1], "small muted")
         if count:
-            p.box(330, y + 2, 82 * count / (2 * F * D), 10, "orange", 1)
+            p.box(330, y + 2, 82 * count / (3 * F * D), 10, "orange", 1)
             p.text(412, y + 24, f"{2 * count / 1e6:.2f} MB", "mono small muted", "end")
         y += 42
     p.line((40, y - 4), (40, y + 10), arrow=True)
@@ -301,35 +301,34 @@ def draw_ops(config):
 
 
 def draw_gpu():
-    p = Picture("gpu", "Which kernel does which op",
-                "The kernels of docs/forks/gpu.hpp for a step of few rows, of many, and of prompts.")
-    columns = [(104, 98, "up to 8 rows"), (206, 98, "more rows"), (308, 104, "with prompts")]
+    p = Picture("gpu", "Who does which op",
+                "What nano.cu runs for each op on a GPU, and the kernels that chapters have instead.")
+    columns = [(92, 112, "nano.cu"), (204, 98, "decodes"), (302, 112, "prompts")]
     for x, width, name in columns:
         p.text(x + width / 2, 18, name, "bold small", "middle")
-    rows = [("norm_linear", ["few_rows", "norm, cuBLAS", "norm, cuBLAS"]),
-            ("attend", ["rotate,|decode_attend", "rotate,|decode_attend",
-                        "rotate,|prefill_attend"]),
-            ("add_linear", ["few_rows", "cuBLAS", "cuBLAS"]),
-            ("norm_swiglu", ["few_rows", "norm, cuBLAS,|swiglu", "norm, cuBLAS,|swiglu"]),
-            ("add_linear", ["few_rows", "cuBLAS", "cuBLAS"]),
-            ("logits, draw", ["few_rows,|draw_ids", "norm, cuBLAS,|draw_ids",
-                              "norm, cuBLAS,|draw_ids"])]
+    rows = [("norm_linear", ["Norm, cuBLAS", "few_rows *", "Norm, cuBLAS"]),
+            ("rotate", ["Rotate", "Rotate", "Rotate"]),
+            ("attend", ["Attend,|MergeParts", "decode_attend", "prefill_attend"]),
+            ("add_linear", ["cuBLAS", "few_rows *", "cuBLAS"]),
+            ("mlp", ["Norm, cuBLAS,|Activate, cuBLAS", "few_rows *,|few_rows *",
+                     "Norm, cuBLAS,|Activate, cuBLAS"]),
+            ("draw", ["DrawIds", "draw_ids", "draw_ids"])]
     y = 28
     for op, kernels in rows:
         p.text(12, y + 20, op, "mono small")
-        for (x, width, _), kernel in zip(columns, kernels):
-            colour = "grey" if kernel == "cuBLAS" else "blue" if "attend" in kernel else "green"
+        for (x, width, name), kernel in zip(columns, kernels):
+            colour = "green" if kernel[0].isupper() else "grey" if kernel == "cuBLAS" else "orange"
             p.box(x, y, width - 4, 32, colour)
             lines = kernel.split("|")
             for i, text in enumerate(lines):
                 p.text(x + width / 2 - 2, y + 20 + 13 * i - 6.5 * (len(lines) - 1), text,
                        "mono small", "middle")
         y += 36
-    p.box(102, y + 2, 200, 3, "full-orange", 1)
-    p.text(202, y + 20, "decodes: one captured graph", "small", "middle")
-    p.text(360, y + 20, "launched singly", "small muted", "middle")
-    p.text(12, y + 40, "On Hopper, decodes of up to 8 rows are a single kernel,", "small muted")
-    p.text(12, y + 55, "stream_step, but for the draw: chapter 8.", "small muted")
+    for i, line in enumerate(["Left: the engine alone. Middle, right: with docs/chapters on top.",
+                              "* of up to 8 rows; with more, as in nano.cu",
+                              "A step of decodes is a captured graph. On Hopper, up to 8 rows",
+                              "are a single kernel, stream_step, but for the draw: chapter 9."]):
+        p.text(12, y + 14 + 15 * i, line, "small muted")
     return p
 
 

@@ -4,6 +4,7 @@
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
 
+#include "../chapters/all.hpp"
 #include "../commands/bench.hpp"
 
 // The text of each id.
@@ -78,41 +79,56 @@ json record_blocks(Session& s) {
             {"matched", matched}, {"second", second.size()}};
 }
 
-// The weights of one head's attention from the last token of a text to all, over scattered blocks.
+// The CPU's device, which keeps the scores of one head in one layer: of a step's last row with all
+// tokens up to its own. Queries and keys are there, and turned, when attend is called.
+class WatchedDevice : public CpuVectors<CpuDevice> {
+public:
+    using Base = CpuVectors<CpuDevice>;
+    vector<double> scores;
+
+    WatchedDevice(const Model& m, int tokens, int layer, int head)
+        : Base(m, {tokens, 1, 0, false, {}}, keys_transposed(),
+               PageLayout::by_token(m.config.head_dim)),
+          watched_layer(layer), watched_head(head) {}
+
+protected:
+    void attend(const StepArrays& s, int layer) override {
+        if (layer == watched_layer) {
+            #pragma omp single
+            keep_scores(s, layer, s.rows - 1);
+        }
+        Base::attend(s, layer);
+    }
+
+    void keep_scores(const StepArrays& s, int layer, int row) {
+        const int HD = c.head_dim, kv_head = watched_head / c.group();
+        const float* q = qkv + size_t(row) * c.qkv_dim() + watched_head * HD;
+        for (int t = 0; t <= s.positions[row]; t++) {
+            const float* keys = kv + c.key_page(s.table(row)[t / kBlockSize], layer, kv_head);
+            double score = 0;
+            for (int d = 0; d < HD; d++) score += q[d] * keys[c.keys.at(t % kBlockSize, d)];
+            scores.push_back(score / std::sqrt(double(HD)));
+        }
+    }
+
+    const int watched_layer, watched_head;
+};
+
+// The scores of one head from the last token of a text to all, over scattered blocks.
 json record_attention(const Session& s, const string& text, int layer, int head) {
-    const Model& m = s.model;
-    const Config& c = m.config;
-    vector<int> ids = s.tokenizer->encode(text);
-    int n = int(ids.size()), HD = c.head_dim, kv_head = head / (c.heads / c.kv_heads);
     Step step;
-    step.ids = ids;
+    step.ids = s.tokenizer->encode(text);
+    const int n = step.tokens();
     step.positions.resize(n);
     std::iota(step.positions.begin(), step.positions.end(), 0);
     step.sequence.assign(n, 0);
     step.tables = {5, 2, 7};
     step.table_width = Cache::blocks_for(n);
-    Activations a(c, n);
-    KvMemory kv(c, 8);
-    cpu::embed(m, step, a);
-    for (int i = 0; i <= layer; i++) {  // as forward, by this one thread
-        const Layer& l = m.layers[i];
-        cpu::norm_linear(m, l, step, a);
-        cpu::attend(m, i, step, a, kv);
-        if (i == layer) break;
-        cpu::add_linear(a.att, l.o, step, a);
-        cpu::norm_swiglu(m, l, step, a);
-        cpu::add_linear(a.h, l.down, step, a);
-    }
-    const float* q = &a.qkv[size_t(n - 1) * c.qkv_dim() + head * HD];  // with RoPE, by attend
-    json scores = json::array();
-    for (int i = 0; i < n; i++) {
-        const float* keys = kv.keys(layer, step.tables[i / kBlockSize], kv_head);
-        double score = 0;
-        for (int d = 0; d < HD; d++) score += q[d] * keys[d * kBlockSize + i % kBlockSize];
-        scores.push_back(score / std::sqrt(double(HD)));
-    }
-    return {{"words", words_of(*s.tokenizer, ids)}, {"table", step.tables}, {"layer", layer},
-            {"head", head}, {"scores", scores}};
+    WatchedDevice device(s.model, n, layer, head);
+    device.reserve(8);
+    device.launch(step);
+    return {{"words", words_of(*s.tokenizer, step.ids)}, {"table", step.tables}, {"layer", layer},
+            {"head", head}, {"scores", device.scores}};
 }
 
 // The likeliest ids behind a text: probability, weight at a temperature, and what each cut leaves.

@@ -45,10 +45,17 @@ make("build/exercises/nanocu")
 
 def score(scaling, **changes):
     reference.make_model(FOLDER, rope_scaling=scaling, **changes)
-    result = run("score", FOLDER, "--ids", text, "--json")
+    result = run("score", FOLDER, "--ids", text, "--json", *PLAIN)
     need(f"config.json with {json.dumps(changes or scaling)} is taken", result.returncode == 0,
          "exit status 0", result.stderr.strip())
-    return json.loads(result.stdout)["token_logprobs"][1:]
+    came = json.loads(result.stdout)["token_logprobs"][1:]
+    fast = run("score", FOLDER, "--ids", text, "--json")  # with the chapters
+    if fast.returncode == 0:
+        same = reference.farthest(came, json.loads(fast.stdout)["token_logprobs"][1:]) < 1e-3
+    expect("  with the chapters the same, or refused",
+           same if fast.returncode == 0 else fast.stderr.count("\n") == 1, "the same, or one line",
+           fast.stderr.strip() or "other log-probabilities")
+    return came
 
 
 weights = reference.make_model(FOLDER)

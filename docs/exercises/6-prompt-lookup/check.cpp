@@ -2,6 +2,8 @@
 // and how texts end are compared with the same requests without it.
 #include "../checking.hpp"
 
+#include "../../chapters/all.hpp"
+
 namespace {
 
 struct Result {
@@ -163,7 +165,7 @@ struct Check {
         all[2].samples = 1;  // of preempted samples, who is first to find blocks may change
         for (Request& r : all) r.score_prompt = false;
         Engine plain(m, {.kv_memory = 64 << 20});
-        Engine small(m, {.kv_memory = 9 * KvMemory::block_bytes(m.config)});
+        Engine small(m, {.kv_memory = 9 * plain.device->block_bytes()});
         int steps;
         auto before = run_all(plain, all, steps), after = run_all(small, with(all, 5), steps);
         bool equal = true;

@@ -14,29 +14,35 @@ double resident(const string& kind) {
     fail("/proc/self/status: no ", kind);
 }
 
-// The logits behind these rows of random activations.
-vector<float> logits_of(const Model& m, vector<int> rows, Activations& a) {
-    #pragma omp parallel
-    cpu::logits(m, rows, a);
-    return {a.logits.begin(), a.logits.begin() + rows.size() * m.config.vocab};
-}
+// The CPU's device, opened: random numbers in x, and their logits.
+class OpenDevice : public CpuDevice {
+public:
+    explicit OpenDevice(const Model& m)
+        : CpuDevice(m, {kRows, kRows, 0, false, {}}, PageLayout::by_token(m.config.head_dim),
+                    PageLayout::by_token(m.config.head_dim)) {
+        std::mt19937 random(3);
+        std::normal_distribution<float> draw;
+        std::generate_n((float*)x, size_t(kRows) * c.hidden, [&] { return draw(random); });
+    }
+    vector<float> logits_of(const vector<int>& rows) {
+        #pragma omp parallel
+        norm_linear(kLmHead, 0, rows.data(), int(rows.size()));
+        return {logits + 0, logits + rows.size() * c.vocab};
+    }
+    std::span<const float> row_0() const { return {(const float*)x, size_t(c.hidden)}; }
 
-Activations random_rows(const Model& m, int count) {
-    Activations a(m.config, count);
-    std::mt19937 random(3);
-    std::normal_distribution<float> draw;
-    for (float& x : a.x) x = draw(random);
-    return a;
-}
+private:
+    static constexpr int kRows = 9;
+};
 
-// The logits of row 0 with the head quantized as asked for, in double; largest error allowed.
-vector<double> exact_logits(const Model& plain, const Activations& a) {
+// The logits of x with the head quantized as asked for, in double.
+vector<double> exact_logits(const Model& plain, std::span<const float> x) {
     const Config& c = plain.config;
     vector<double> n(c.hidden), out;
     double squares = 0;
-    for (int d = 0; d < c.hidden; d++) squares += double(a.x[d]) * a.x[d];
+    for (int d = 0; d < c.hidden; d++) squares += double(x[d]) * x[d];
     for (int d = 0; d < c.hidden; d++)
-        n[d] = a.x[d] / std::sqrt(squares / c.hidden + c.norm_eps) * plain.final_norm[d];
+        n[d] = x[d] / std::sqrt(squares / c.hidden + c.norm_eps) * plain.final_norm[d];
     for (int id = 0; id < c.vocab; id++) {
         const bf16* row = plain.lm_head.row(id);
         double most = 0, sum = 0;
@@ -105,17 +111,17 @@ string with_odd_vocabulary() {
 template <class M>
 void logits_are_right(const string& what, const string& folder, bool dummy) {
     M plain(folder, dummy), quantized(folder, dummy, true);
-    Activations a = random_rows(plain, 9);
-    vector<float> came = logits_of(quantized, {0}, a), before = logits_of(plain, {0}, a);
-    double error = worst(came, exact_logits(plain, a));
+    OpenDevice int8(quantized), bf16(plain);
+    vector<float> came = int8.logits_of({0}), before = bf16.logits_of({0});
+    double error = worst(came, exact_logits(plain, bf16.row_0()));
     expect(what + ": logits are those of round(w / scale) * scale, scale = max|w| / 127 of the row",
            error < 1e-4, "a relative error under 0.0001", error);
     expect("... and not those of bf16", came != before, "a difference", "none");
-    vector<float> nine = logits_of(quantized, {0, 1, 2, 3, 4, 5, 6, 7, 8}, a);
+    vector<float> nine = int8.logits_of({0, 1, 2, 3, 4, 5, 6, 7, 8});
     nine.resize(came.size());
     expect("... the same to the bit beside eight other rows", nine == came, "the same", "different");
     M without(folder, dummy, false);
-    expect("... and with false nothing has changed", logits_of(without, {0}, a) == before,
+    expect("... and with false nothing has changed", OpenDevice(without).logits_of({0}) == before,
            "the same bits", "different");
 }
 
@@ -133,11 +139,11 @@ void check() {
         auto read = [&](const Model& m) {  // the pages of bf16 weights that the logits touch
             size_t page = getpagesize(), at = (size_t)m.embed.data / page * page;
             size_t bytes = size_t(weights) * 2 / page * page;
-            Activations a = random_rows(m, 1);
-            logits_of(m, {0}, a);
+            OpenDevice device(m);
+            device.logits_of({0});
             madvise((void*)at, bytes, MADV_DONTNEED);
             double start = resident("RssFile");
-            logits_of(m, {0}, a);
+            device.logits_of({0});
             return resident("RssFile") - start;
         };
         double all = read(plain), still = read(quantized);
@@ -151,7 +157,7 @@ void check() {
 
         Tokenizer text(kDemo);
         vector<int> ids = text.encode(read_file("tests/data/smollm2/perplexity.txt"));
-        ids.resize(std::min<size_t>(ids.size(), 400));
+        ids.resize(std::min<size_t>(ids.size(), 200));
         double exact = perplexity(plain, ids), came = perplexity(quantized, ids);
         std::cout << "        perplexity of " << ids.size() << " tokens: bf16 " << exact << ", int8 "
                   << came << "\n";
