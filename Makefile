@@ -21,6 +21,7 @@ FLAGS     = -std=c++20 $(MARCH) -fopenmp -Wall -Wextra
 # Tests are built without NDEBUG: freed memory is poisoned, and the standard library checks indices.
 CHECKED  := -g1 -D_GLIBCXX_ASSERTIONS
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -DDOCTEST_CONFIG_NO_POSIX_SIGNALS
+comma    := ,
 
 # A library is linked statically where it can be; nanocu itself then needs only the C library.
 # libedit brings three others, which are of no use where it is a shared library.
