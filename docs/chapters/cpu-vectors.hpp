@@ -185,7 +185,8 @@ public:
     CpuVectors(const Model& m, const DeviceOptions& o, PageLayout keys, PageLayout values)
         : Base(m, o, keys, values),
           on(this->switched_on("cpu-vectors", "",
-                               {"norm_linear", "rotate", "attend", "add_linear", "mlp"}, "")) {}
+                               {"norm_linear", "rotate", "attend prompts",
+                                "attend decodes", "add_linear", "mlp"}, "")) {}
 
 protected:
     using f32x8 = vectors::f32x8;

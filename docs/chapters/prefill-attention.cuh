@@ -16,6 +16,11 @@ namespace cuda {
 
 constexpr int kTileRows = 128;  // (token, query head) pairs of a tile
 
+__device__ float exp2_fast(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
 // p [16, keys of a tile] += q k^T, or = ; ks: the keys' pages
 template <int HD, int kKeys>
 __device__ void score(float (&p)[kKeys / 8][4], const unsigned (&q)[HD / 16][4], const bf16* ks) {
@@ -120,6 +125,43 @@ __device__ void fetch_tiles(int tiles, auto page, bf16* shared, Barrier (*full)[
         }
 }
 
+// Loads a query as half r of the A of products.
+template <int HD>
+__device__ void load_row(const bf16* from, unsigned (&q)[HD / 16][4], int r) {
+    from += 2 * (threadIdx.x % 4);
+    #pragma unroll
+    for (int i = 0; i < HD / 16; i++) {
+        q[i][r] = *(const unsigned*)(from + 16 * i);
+        q[i][r + 2] = *(const unsigned*)(from + 16 * i + 8);
+    }
+}
+
+// Makes what was summed up fit to a new largest score.
+template <int HD>
+__device__ void rescale(float (&o)[HD / 8][4], const Rows& rows) {
+    #pragma unroll
+    for (int i = 0; i < HD / 8; i++)
+        #pragma unroll
+        for (int e = 0; e < 4; e++) o[i][e] *= rows.factor[e / 2];
+}
+
+// Store half r of o, a row: as a part of an attention, or done.
+template <int HD>
+__device__ void store_part(const float (&o)[HD / 8][4], int r, float top, float sum, float* to) {
+    const int t = threadIdx.x % 4;
+    #pragma unroll
+    for (int i = 0; i < HD / 8; i++)
+        *(float2*)(to + 8 * i + 2 * t) = {o[i][2 * r], o[i][2 * r + 1]};
+    if (t == 0) to[HD] = top, to[HD + 1] = sum;
+}
+template <int HD>
+__device__ void store_row(const float (&o)[HD / 8][4], int r, float sum, bf16* to) {
+    const int t = threadIdx.x % 4;
+    #pragma unroll
+    for (int i = 0; i < HD / 8; i++)
+        *(unsigned*)(to + 8 * i + 2 * t) = pack(o[i][2 * r] / sum, o[i][2 * r + 1] / sum);
+}
+
 // Attention of a chunk of a prompt (FlashAttention-2, Dao 2023): a block has kTileRows rows, each a
 // token with one of the query heads of a kv head, 16 rows a warp; it goes over the keys and values
 // of all tokens before in tiles of kKeys, which a warp of its own fetches two tiles ahead. While
@@ -160,16 +202,12 @@ prefill_attend(StepArrays s, Shape c, int layer, const bf16* qkv, const bf16* kv
 
     int position[2];
     unsigned q[HD / 16][4];
+    #pragma unroll
     for (int r = 0; r < 2; r++) {
         int row = warp * 16 + g + 8 * r, token = min(row / G, tile.rows - 1);
         position[r] = tile.position + (shares ? 0 : token);
         token = shares ? grouped[tile.row + token] : tile.row + token;
-        const bf16* from = qkv + size_t(token) * c.qkv_dim() + (head * G + row % G) * HD;
-        #pragma unroll
-        for (int i = 0; i < HD / 16; i++) {
-            q[i][r] = *(const unsigned*)(from + 16 * i + 2 * t);
-            q[i][r + 2] = *(const unsigned*)(from + 16 * i + 2 * t + 8);
-        }
+        load_row<HD>(qkv + size_t(token) * c.qkv_dim() + (head * G + row % G) * HD, q, r);
     }
     const float scale = rsqrtf(HD) * 1.44269504f;  // for exp2
     // keys that all the warp's rows see
@@ -212,31 +250,23 @@ prefill_attend(StepArrays s, Shape c, int layer, const bf16* qkv, const bf16* kv
         weigh(j);
         wgmma_wait<0>(o);
         release(1, j - 1);
-        #pragma unroll
-        for (int i = 0; i < HD / 8; i++)
-            #pragma unroll
-            for (int e = 0; e < 4; e++) o[i][e] *= rows.factor[e / 2];
+        rescale<HD>(o, rows);
         pack_scores<kKeys>(p, a);
     }
     begin_values(tiles - 1);
     wgmma_wait<0>(o);
+    #pragma unroll
     for (int r = 0; r < 2; r++) {
         int row = warp * 16 + g + 8 * r, token = row / G;
         float total = rows.sum[2 * r] + rows.sum[2 * r + 1];
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
         if (token >= tile.rows || row >= kTileRows / G * G) continue;
-        if (shares) {
-            float* to = prefix_part(prefix_results, c, tile.row + token, head, tile.part);
-            to += row % G * (HD + 2);
-            for (int i = 0; i < HD / 8; i++)
-                *(float2*)(to + 8 * i + 2 * t) = {o[i][2 * r], o[i][2 * r + 1]};
-            if (t == 0) to[HD] = rows.top[r] * scale, to[HD + 1] = total;
-            continue;
-        }
-        bf16* to = att + (size_t(tile.row + token) * c.heads + head * G + row % G) * HD + 2 * t;
-        for (int i = 0; i < HD / 8; i++)
-            *(unsigned*)(to + 8 * i) = pack(o[i][2 * r] / total, o[i][2 * r + 1] / total);
+        if (shares) store_part<HD>(o, r, rows.top[r] * scale, total,
+                                   prefix_part(prefix_results, c, tile.row + token, head,
+                                               tile.part) + row % G * (HD + 2));
+        else store_row<HD>(o, r, total, att + (size_t(tile.row + token) * c.heads + head * G +
+                                               row % G) * HD);
     }
 }
 

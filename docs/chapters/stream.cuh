@@ -753,12 +753,11 @@ protected:
         if (takes(s)) ready_words(s.rows);
     }
     void ready_words(int rows) {
-        if (rows <= streamed_rows && ++streamed_steps < 1 << 20) {
-            streamed_rows = rows;
-            return;
-        }
-        streamed_rows = rows, streamed_steps = 0;
-        check(cudaMemsetAsync(words, 0, words_bytes, this->stream), "words");
+        const bool stale = rows > streamed_rows || ++streamed_steps == 1 << 20;
+        streamed_rows = rows;
+        if (!stale) return;
+        streamed_steps = 0;
+        check(cudaMemsetAsync(memory, 0, words_bytes, this->stream), "words");
     }
 
     // A step of up to s.rows rows, up to its logits.
@@ -803,34 +802,45 @@ protected:
 
     void set_up() {
         const Shape& c = this->c;
-        const int D = c.hidden, N = c.qkv_dim(), F = c.intermediate, Q = c.q_dim();
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    shared_bytes), "stream_step");
         for (int p = 0; p < 5; p++)
             maps.each[p] = map_weights(this->weights[p].data, this->weights[p].N,
                                        this->weights[p].K, p == kLmHead ? 1 : c.layers);
-        size_t parts = size_t(std::max(blocks, kStreamRows * c.kv_heads)) * Q / c.kv_heads;
-        size_t numbers = kStreamRows * (D + N + Q + size_t(F));
-        words_bytes = parts * sizeof(uint4) + numbers * 4 + kStreamRows * kStreamBlocks * 8 + 4;
-        words = this->template make<char>(words_bytes);
-        norms = this->template make<float>(size_t(c.layers + 1) * D);  // the last is final_norm
-        check(cudaMemcpy(norms, this->attn_norms, size_t(c.layers) * D * sizeof(float),
-                         cudaMemcpyDeviceToDevice), "norms");
-        check(cudaMemcpy(norms + size_t(c.layers) * D, this->final_norm, D * sizeof(float),
-                         cudaMemcpyDeviceToDevice), "norms");
         arguments.emplace(StepArrays(), c);
-        arguments->embedding = this->embed_table, arguments->inv_freq = this->inv_freq;
-        arguments->attn_norms = norms, arguments->mlp_norms = this->mlp_norms;
-        arguments->q_norms = this->q_norms, arguments->k_norms = this->k_norms;
-        arguments->bias = this->biases, arguments->drawn = this->drawn;
+        arguments->embedding = this->embed_table, arguments->drawn = this->drawn;
         arguments->logits = this->logits, arguments->delays = 0;
-        arguments->parts = (uint4*)(char*)words;
-        arguments->squares = (uint64_t*)(arguments->parts + parts);
-        arguments->x = (unsigned*)(arguments->squares + kStreamRows * kStreamBlocks);
-        arguments->qkv = arguments->x + kStreamRows * D;
-        arguments->att = arguments->qkv + kStreamRows * N;
-        arguments->h = arguments->att + kStreamRows * Q;
-        arguments->step = arguments->h + kStreamRows * F;
+        const size_t bytes = lay_out(0);
+        memory = this->template make<char>(std::max<size_t>(bytes, 2 << 20));  // pages of its own
+        lay_out(uintptr_t((char*)memory));
+    }
+
+    // Places the words, and copies of what else every layer reads, behind one another at an
+    // address; 0: only measures. Returns where they end. So they lie in one page of the GPU's
+    // memory, whose address each SM keeps at hand while weights from hundreds of pages pass by.
+    uintptr_t lay_out(uintptr_t at) {
+        const Shape& c = this->c;
+        const size_t D = c.hidden, L = c.layers, HD = c.head_dim, rows = kStreamRows;
+        StreamArguments& a = *arguments;
+        Carver carver = {at};
+        carver.take(a.parts, std::max<size_t>(blocks, rows * c.kv_heads) * c.q_dim() / c.kv_heads);
+        carver.take(a.squares, rows * kStreamBlocks);
+        carver.take(a.x, rows * D), carver.take(a.qkv, rows * c.qkv_dim());
+        carver.take(a.att, rows * c.q_dim()), carver.take(a.h, rows * c.intermediate);
+        carver.take(a.step, 1);
+        words_bytes = carver.at - at;
+        auto keep = [&](const float*& to, const float* from, size_t count) {
+            float* copy = nullptr;
+            if (from) carver.take(copy, count);
+            if (from && at) check(cudaMemcpy(copy, from, count * sizeof(float),
+                                             cudaMemcpyDeviceToDevice), "norms");
+            to = copy;
+        };
+        keep(a.attn_norms, this->attn_norms, (L + 1) * D);
+        keep(a.mlp_norms, this->mlp_norms, L * D), keep(a.inv_freq, this->inv_freq, HD / 2);
+        keep(a.q_norms, this->q_norms, L * HD), keep(a.k_norms, this->k_norms, L * HD);
+        keep(a.bias, this->biases, L * c.qkv_dim());
+        return carver.at;
     }
 
     // w [layers, N, K], for boxes of 8 rows.
@@ -872,8 +882,7 @@ protected:
     std::optional<StreamArguments> arguments;
     StreamMaps maps;
     size_t words_bytes = 0;
-    typename Base::template Array<char> words;
-    typename Base::template Array<float> norms;
+    typename Base::template Array<char> memory;  // words, and behind them norms
 };
 
 }  // namespace cuda

@@ -33,11 +33,6 @@ __device__ unsigned pack(float low, float high) {
     return *(unsigned*)&both;
 }
 
-__device__ void load8(const float* from, float to[8]) {
-    *(float4*)to = *(const float4*)from;
-    *(float4*)(to + 4) = *(const float4*)(from + 4);
-}
-
 // sum [16, 8] += a [16, 16] b [16, 8]. Lane 4 g + t has of a the rows g, g + 8, g, g + 8 in columns
 // 2t, 2t + 1 (first two) and 8 more (last two); of b rows 2t, 2t + 1 and 8 more in column g; of sum
 // columns 2t, 2t + 1 in row g (first two) and g + 8.
@@ -98,9 +93,7 @@ __device__ uint2 weigh(float p[4], bool in0, bool in1, float (*o)[4], float top[
     return {transpose(pack(p[0], p[1])), transpose(pack(p[2], p[3]))};
 }
 
-__device__ unsigned shared_address(const void* shared) {
-    return unsigned(__cvta_generic_to_shared(shared));
-}
+__device__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
 // A barrier in shared memory (mbarrier). A use of it ends when so many have arrived as init said,
 // and all bytes that were announced have come; the parity of its uses is 0, 1, 0, ...
@@ -256,11 +249,6 @@ __device__ void registers() {
     if (kMore) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
     else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
-}
-
-__device__ float exp2_fast(float x) {
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
 }
 
 }  // namespace cuda
