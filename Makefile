@@ -21,6 +21,7 @@ FLAGS     = -std=c++20 $(MARCH) -fopenmp -Wall -Wextra
 # Tests are built without NDEBUG: freed memory is poisoned, and the standard library checks indices.
 CHECKED  := -g1 -D_GLIBCXX_ASSERTIONS
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -DDOCTEST_CONFIG_NO_POSIX_SIGNALS
+comma    := ,
 
 # A library is linked statically where it can be; nanocu itself then needs only the C library.
 # libedit brings three others, which are of no use where it is a shared library.
@@ -62,12 +63,12 @@ nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | packages
 nanocu-serve: docs/commands/serve.cu $(SOURCES) $(PARTS) | packages tools
 	$(call compile,-O3 -DNDEBUG,$(HTTP))
 
-plain: build/plain/nanocu $(if $(NVCC),build/plain/nanocu-gpu)  ## nano.cu alone, build/plain/nanocu; with nvcc the GPU too
+plain: build/plain/nanocu $(if $(NVCC),build/plain-gpu/nanocu)  ## nano.cu alone, build/plain/nanocu; with nvcc the GPU too
 
 build/plain/nanocu: $(SOURCES) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
-build/plain/nanocu-gpu: $(SOURCES) | packages
+build/plain-gpu/nanocu: $(SOURCES) | packages
 	$(call compile_gpu,-O3 -DNDEBUG)
 
 gpu: build/gpu/nanocu build/gpu/nanocu-serve  ## both with the GPU in them, in build/gpu; needs nvcc
@@ -138,18 +139,20 @@ $(OPENAI): | packages
 	build/openai/bin/pip install -q --disable-pip-version-check openai==3.54.0
 	touch $@
 
-# Runs tests $1 against binary $2; shows doctest's output, then its count on a line of its own.
-# Threads that wait sleep (passive): the tests are as fast, and stay so on a machine with other work.
+# Runs tests $1 against binary $2, and behind them tests $3, if given; shows doctest's output, then
+# the count of all on a line of its own. Threads that wait sleep (passive): the tests are as fast, and
+# stay so on a machine with other work.
 QWEN3 := build/tokenizers/qwen3/tokenizer.json
 define run_tests
-	@{ OMP_WAIT_POLICY=passive NANOCU=$2 $1 $(ARGS); echo $$? >build/status; } | tee build/$@.log
-	@awk -F '|' '/test cases:/ { ok = $$2 + 0; bad = $$3 + 0; found = 1 } \
-	    END { print ok + 0 " passed, " (found ? bad : 1) " failed" }' build/$@.log; \
+	@{ OMP_WAIT_POLICY=passive NANOCU=$2 $1 $(ARGS); status=$$?; \
+	    $(if $3,$3 $(ARGS) || status=1;) echo $$status >build/status; } | tee build/$@.log
+	@awk -F '|' '/test cases:/ { ok += $$2; bad += $$3; found++ } \
+	    END { print ok + 0 " passed, " bad + (found < $(if $3,2,1)) " failed" }' build/$@.log; \
 	exit $$(cat build/status)
 endef
 
-test: build/tests nanocu nanocu-serve build/guide/record tools browser $(QWEN3) $(MODEL)/config.json $(OPENAI)  ## all tests but those of the exercises; some with ARGS="-tc=*sampler*"
-	$(call run_tests,build/tests -tce="exercise *",./nanocu)
+test: build/tests build/test-team nanocu nanocu-serve build/guide/record tools browser $(QWEN3) $(MODEL)/config.json $(OPENAI)  ## all tests but those of the exercises; some with ARGS="-tc=*sampler*"
+	$(call run_tests,build/tests -tce="exercise *",./nanocu,$(TEAM))
 
 test-exercises: build/tests tools $(MODEL)/config.json  ## that each exercise's check fails, and passes with its solution
 	$(call run_tests,build/tests -tc="exercise *",./nanocu)
@@ -160,8 +163,9 @@ test-sanitize: build/sanitize/tests $(MODEL)/config.json $(OPENAI)
 	$(call run_tests,build/sanitize/tests -tce="demo model: greedy*$(comma)exercise *",build/sanitize/nanocu)
 
 # libgomp's own waiting would look like races, so this is without OpenMP's pragmas.
-test-team: build/test-team  ## what is written for a GPU's thread blocks, by CPU threads under TSan
-	TSAN_OPTIONS=halt_on_error=1 build/test-team $(ARGS)
+TEAM := TSAN_OPTIONS=halt_on_error=1 build/test-team
+test-team: build/test-team  ## of these, what is written for a GPU's thread blocks, by CPU threads under TSan
+	$(call run_tests,$(TEAM),./nanocu)
 
 build/test-team: FLAGS := $(filter-out -fopenmp,$(FLAGS)) -Wno-unknown-pragmas
 build/test-team: tests/team.cpp tests/ops.cpp $(wildcard tests/*.hpp) $(SOURCES) | packages
@@ -187,7 +191,7 @@ build/arm64/nanocu: docs/nanocu.cu $(SOURCES) $(PARTS) | arm64-packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
 # The binary may come from another machine: it is built only where it is not there. racecheck breaks
-# down in cuBLAS, so it sees the steps that do without.
+# down in cuBLAS, so it sees the steps and the ops that do without.
 test-gpu:  ## the tests of the GPU; without one it says that it skips them
 	@test -x build/gpu/tests || $(MAKE) build/gpu/tests
 	build/gpu/tests $(ARGS)

@@ -196,8 +196,7 @@ public:
 
     Engine(const Model& m, EngineOptions o)
         : model(m), options(o), context(std::min(m.config.context, o.max_context)),
-          device(make_device(m, options, context)), cache(choose_blocks(), o.prefix_cache) {
-        device->reserve(cache.blocks());
+          device(make_device(m, options, context)), cache(reserve_blocks(), o.prefix_cache) {
         cache.on_take = [this](int block) { taken.push_back(block); };
     }
 
@@ -275,12 +274,15 @@ public:
     }
 
 private:
-    int choose_blocks() const {
+    // Has the device make room for the cache; returns how many blocks there are.
+    int reserve_blocks() {
         size_t block = device->block_bytes(), each = context / kBlockSize + 1;
         size_t blocks = std::min(device->free_memory() / block, each * options.max_rows);
         if (options.kv_memory) blocks = options.kv_memory / block;
         if (!blocks) fail("KV memory: no room for a block of ", block, " bytes; give --kv-memory");
-        return int(std::min<size_t>(blocks, INT_MAX / kBlockSize));
+        blocks = std::min<size_t>(blocks, INT_MAX / kBlockSize);
+        device->reserve(int(blocks));
+        return int(blocks);
     }
 
     // Whether the next step can't be scheduled before the ids of this one are known.
@@ -1019,6 +1021,14 @@ struct DeviceOptions {
 // The matrices of a layer, those that have the same input stacked; and the last of all, [V, D].
 enum Product { kQkv, kO, kGateUp, kDown, kLmHead };
 
+inline vector<Matrix> matrices_of(const Model& m, Product p, int layer) {
+    if (p == kLmHead) return {m.lm_head};
+    const Layer& l = m.layers[layer];
+    if (p == kQkv) return {l.q, l.k, l.v};
+    if (p == kGateUp) return {l.gate, l.up};
+    return {p == kO ? l.o : l.down};
+}
+
 // The forward pass of a step in ops that can be overridden. Kind is what runs them, Cpu or Cuda: it
 // gives memory (make, to_device), runs the ops of chapter 3 (run), and multiplies (multiply).
 template <class Kind>
@@ -1268,7 +1278,7 @@ protected:
 
     // y [T, N] = x [T, K] w^T, or +=. A row of weights is widened once for all rows of x.
     void multiply(Product p, int layer, const float* x, float* y, int T, bool add = false) const {
-        const vector<Matrix> matrices = matrices_of(p, layer);
+        const vector<Matrix> matrices = matrices_of(weights, p, layer);
         const int K = matrices[0].cols;
         int N = 0, first = 0;
         for (const Matrix& w : matrices) N += w.rows;
@@ -1291,14 +1301,6 @@ protected:
             first += w.rows;
         }
         #pragma omp barrier
-    }
-
-    vector<Matrix> matrices_of(Product p, int layer) const {
-        if (p == kLmHead) return {weights.lm_head};
-        const Layer& l = weights.layers[layer];
-        if (p == kQkv) return {l.q, l.k, l.v};
-        if (p == kGateUp) return {l.gate, l.up};
-        return {p == kO ? l.o : l.down};
     }
 
     const Model& weights;
@@ -1510,7 +1512,7 @@ protected:
             fail("CUDA: cuBLAS refused a product");
     }
 
-    // The matrices of a product, of all layers one behind the other.
+    // The matrices of a product, [N, K] for each layer, one behind the other.
     struct Stack {
         Array<bf16> memory;
         bf16* data = nullptr;
@@ -1518,31 +1520,20 @@ protected:
     };
 
     void load(const Model& m) {
-        const Config& c = m.config;
-        const int L = c.layers, F = c.intermediate;
-        const int sizes[][2] = {{c.qkv_dim(), c.hidden}, {c.hidden, c.q_dim()}, {2 * F, c.hidden},
-                                {c.hidden, F}};
-        for (Product p : {kQkv, kO, kGateUp, kDown}) add_stack(p, L, sizes[p][0], sizes[p][1]);
-        bf16* to[] = {weights[kQkv].data, weights[kO].data, weights[kGateUp].data,
-                      weights[kDown].data};
-        for (const Layer& l : m.layers) {
-            for (const Matrix* part : {&l.q, &l.k, &l.v}) to[kQkv] = append(*part, to[kQkv]);
-            to[kO] = append(l.o, to[kO]);
-            for (const Matrix* part : {&l.gate, &l.up}) to[kGateUp] = append(*part, to[kGateUp]);
-            to[kDown] = append(l.down, to[kDown]);
+        for (Product p : {kQkv, kO, kGateUp, kDown, kLmHead}) {
+            const int layers = p == kLmHead ? 1 : m.config.layers;
+            Stack& w = weights[p];
+            for (const Matrix& part : matrices_of(m, p, 0)) w.N += part.rows, w.K = part.cols;
+            w.data = w.memory = make<bf16>(size_t(layers) * w.N * w.K);
+            bf16* to = w.data;
+            for (int layer = 0; layer < layers; layer++)
+                for (const Matrix& part : matrices_of(m, p, layer)) to = append(part, to);
         }
-        embed_table = make<bf16>(size_t(c.vocab) * c.hidden);
+        embed_table = weights[kLmHead].data;
+        if (m.config.tied) return;
+        embed_memory = make<bf16>(size_t(m.embed.rows) * m.embed.cols);
+        embed_table = embed_memory;
         append(m.embed, embed_table);
-        if (!c.tied) {
-            add_stack(kLmHead, 1, c.vocab, c.hidden);
-            append(m.lm_head, weights[kLmHead].data);
-        } else {
-            weights[kLmHead] = {nullptr, embed_table, c.vocab, c.hidden};
-        }
-    }
-    void add_stack(Product p, int layers, int N, int K) {
-        weights[p] = {make<bf16>(size_t(layers) * N * K), nullptr, N, K};
-        weights[p].data = weights[p].memory;
     }
 
     // Copies a matrix to an address; returns where it ends there.
@@ -1556,7 +1547,8 @@ protected:
     Owned<cudaStream_t, cudaStreamDestroy> stream, uploads;
     Owned<cublasHandle_t, cublasDestroy> blas;
     Array<char> workspace;
-    Array<bf16> embed_table;  // [V, D]
+    Array<bf16> embed_memory;  // where lm_head is another matrix
+    bf16* embed_table;         // [V, D]
     Stack weights[5];   // by Product
 };
 

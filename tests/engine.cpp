@@ -58,7 +58,7 @@ struct Computed : Observer {
     int64_t tokens = 0;
     void scheduled(const Flight& flight) override { tokens += flight.step->tokens(); }
     void collected(const Flight&) override {}
-    void drawn(const Draw&, std::span<const float>) override {}
+    void drawn(const Draw&, const Drawn&, std::span<const float>) override {}
 };
 
 // Blocks in use after each step, the most of them.

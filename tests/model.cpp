@@ -1,6 +1,6 @@
 // The whole model against transformers: logits, greedy ids, log-probabilities; and the same to the bit
 // however the work is cut up.
-#include "common.hpp"
+#include "ops.hpp"
 
 namespace {
 
@@ -36,6 +36,14 @@ std::vector<Request> golden_requests(const json& all) {
     return requests;
 }
 
+// What is switched off in turn: nothing, all chapters of the device, each of them.
+std::vector<std::vector<string>> switched_off(const Model& m) {
+    std::vector<std::vector<string>> all = {{}, {"all"}};
+    const Engine e(m, {});
+    for (const string& name : e.device->chapters) all.push_back({name});
+    return all;
+}
+
 // Ids are equal up to the first choice that was closer than margin.
 void check_ids(const std::vector<int>& ids, const json& one, double margin) {
     for (size_t i = 0; i < one["greedy"].size() && one["margin"][i] >= margin; i++) {
@@ -46,102 +54,102 @@ void check_ids(const std::vector<int>& ids, const json& one, double margin) {
 
 }  // namespace
 
-TEST_CASE("logits of the last position are transformers'") {
+TEST_CASE("logits of the last position are transformers', whatever is switched off") {
     for (const std::string& name : kTiny) {
         Model m(kData + "models/" + name);
-        for (const json& one : golden("models/" + name + "/golden.json")) {
-            std::vector<float> ours = last_logits(m, one["prompt"], 512), theirs = one["last_logits"];
-            double error = 0, norm = 0;
-            for (size_t i = 0; i < theirs.size(); i++) {
-                error += std::pow(ours[i] - theirs[i], 2);
-                norm += std::pow(theirs[i], 2);
+        for (const auto& off : switched_off(m))
+            for (const json& one : golden("models/" + name + "/golden.json")) {
+                std::vector<float> ours = last_logits(m, one["prompt"], 512, off);
+                INFO(name, ", without ", listed(off));
+                CHECK(relative_errors(ours, one["last_logits"], 1).first < 1e-4);
+                CHECK(ours == last_logits(m, one["prompt"], 7, off));  // to the bit
+                CHECK(ours == last_logits(m, one["prompt"], 1, off));
             }
-            CAPTURE(name);
-            CHECK(std::sqrt(error / norm) < 1e-4);
-            CHECK(ours == last_logits(m, one["prompt"], 7));  // to the bit
-            CHECK(ours == last_logits(m, one["prompt"], 1));
-        }
     }
 }
 
 TEST_CASE("greedy ids are transformers', and the same to the bit however the work is cut up") {
+    struct Way {
+        const char* name;
+        EngineOptions options = {};
+        int threads = 0;  // 0: as many as there are
+    };
     for (const std::string& name : kTiny) {
-        CAPTURE(name);
         Model m(kData + "models/" + name);
         json all = golden("models/" + name + "/golden.json");
         std::vector<Request> requests = golden_requests(all);
-
-        Engine plain(m, {});
-        std::vector<Finished> alone;
-        for (size_t i = 0; i < requests.size(); i++) {
-            alone.push_back(run_one(plain, requests[i]));
-            check_ids(alone[i].ids, all[i], 1e-3);
-        }
-        auto same = [&](Engine& engine) {
-            auto results = run_all(engine, requests);
+        std::vector<Way> ways = {{"all in one batch"}, {"chunks of 7"}, {"a small pool"},
+                                 {"no prefix cache"}, {"one thread", {}, 1}, {"two threads", {}, 2},
+                                 {"three threads", {}, 3}};
+        ways[1].options.chunk = 7, ways[1].options.max_rows = 4;
+        ways[2].options.kv_memory = 14 * cpu_block_bytes(m);  // sequences are preempted
+        ways[3].options.prefix_cache = false;
+        for (const auto& off : switched_off(m)) {
+            EngineOptions o;
+            o.without = off;
+            Engine plain(m, o);
+            std::vector<Finished> alone;
             for (size_t i = 0; i < requests.size(); i++) {
-                const Finished& f = results[{int(i), 0}];
-                CHECK(f.ids == alone[i].ids);
-                for (size_t t = 0; t < f.logprobs.size(); t++)  // every bit of the logits counts here
-                    CHECK(f.logprobs[t].logprob == alone[i].logprobs[t].logprob);
+                alone.push_back(run_one(plain, requests[i]));
+                check_ids(alone[i].ids, all[i], 1e-3);
             }
-            CHECK(engine.cache.free() == engine.cache.blocks());
-        };
-        SUBCASE("all in one batch") {
-            Engine e(m, {});
-            same(e);
-        }
-        SUBCASE("chunks of 7") {
-            EngineOptions o;
-            o.chunk = 7, o.max_rows = 4;
-            Engine e(m, o);
-            same(e);
-        }
-        SUBCASE("a pool so small that sequences are preempted") {
-            EngineOptions o;
-            o.kv_memory = 14 * cpu_block_bytes(m);
-            Engine e(m, o);
-            same(e);
-            CHECK(e.preemptions > 0);
-        }
-        SUBCASE("no prefix cache") {
-            EngineOptions o;
-            o.prefix_cache = false;
-            Engine e(m, o);
-            same(e);
-        }
-        SUBCASE("other numbers of threads") {
-            int before = omp_get_max_threads();
-            for (int threads : {1, 2, 3}) {
-                omp_set_num_threads(threads);
-                Engine e(m, {});
-                same(e);
+            for (Way& way : ways) {
+                INFO(name, ", without ", listed(off), ", ", way.name);
+                const int before = omp_get_max_threads();
+                if (way.threads) omp_set_num_threads(way.threads);
+                way.options.without = off;
+                Engine engine(m, way.options);
+                auto results = run_all(engine, requests);
+                omp_set_num_threads(before);
+                for (size_t i = 0; i < requests.size(); i++) {
+                    const Finished& f = results[{int(i), 0}];
+                    CHECK(f.ids == alone[i].ids);
+                    for (size_t t = 0; t < f.logprobs.size(); t++)  // every bit of logits counts
+                        CHECK(f.logprobs[t].logprob == alone[i].logprobs[t].logprob);
+                }
+                CHECK(engine.cache.free() == engine.cache.blocks());
+                if (&way == &ways[2]) CHECK(engine.preemptions > 0);
             }
-            omp_set_num_threads(before);
         }
     }
 }
 
-TEST_CASE("score is transformers' log-probability, in any chunks") {
+TEST_CASE("score is transformers' log-probability, in any chunks, whatever is switched off") {
     for (const std::string& name : kTiny) {
         Model m(kData + "models/" + name);
-        for (const json& one : golden("models/" + name + "/golden.json")) {
-            std::vector<double> first;
-            for (int chunk : {512, 7}) {
-                EngineOptions o;
-                o.chunk = chunk, o.max_rows = 1;
-                Engine e(m, o);
-                Request r = greedy(one["prompt"], 1);
-                r.score_prompt = true;
-                for (int twice = 0; twice < 2; twice++) {  // a cached prompt is scored all the same
-                    std::vector<double> each = run_one(e, r).prompt_logprobs;
-                    double sum = std::accumulate(each.begin(), each.end(), 0.0), want = one["prompt_logprob"];
-                    CHECK(std::abs(sum - want) <= 1e-5 * std::abs(want));
-                    if (first.empty()) first = each;
-                    CHECK(each == first);
+        for (const auto& off : switched_off(m))
+            for (const json& one : golden("models/" + name + "/golden.json")) {
+                INFO(name, ", without ", listed(off));
+                std::vector<double> first;
+                for (int chunk : {512, 7}) {
+                    EngineOptions o;
+                    o.chunk = chunk, o.max_rows = 1, o.without = off;
+                    Engine e(m, o);
+                    Request r = greedy(one["prompt"], 1);
+                    r.score_prompt = true;
+                    for (int twice = 0; twice < 2; twice++) {  // a cached prompt is scored, too
+                        std::vector<double> each = run_one(e, r).prompt_logprobs;
+                        double sum = std::accumulate(each.begin(), each.end(), 0.0);
+                        double want = one["prompt_logprob"];
+                        CHECK(std::abs(sum - want) <= 1e-5 * std::abs(want));
+                        if (first.empty()) first = each;
+                        CHECK(each == first);
+                    }
                 }
             }
-        }
+    }
+}
+
+TEST_CASE("a chapter that is not there cannot be switched off, and those that are there are named") {
+    Model m(kData + "models/qwen3");
+    for (const std::vector<string>& off : {std::vector<string>{"streams"}, {"all", "streams"},
+                                           {"cpu-vectors", "streams"}}) {
+        EngineOptions o;
+        o.without = off;
+        const std::string message = error_of([&] { Engine e(m, o); });
+        CAPTURE(message);
+        CHECK(message.find("--without streams") != std::string::npos);
+        CHECK(message.find("cpu-vectors") != std::string::npos);
     }
 }
 

@@ -66,7 +66,7 @@ PageLayout layout_of(int kind, int head_dim) {
 constexpr bool kSmall = true;
 const vector<int> kTeams = {32};
 #else
-constexpr bool kSmall = false;
+constexpr bool kSmall = kSanitized;
 const vector<int> kTeams = {1, 32, 128};
 #endif
 

@@ -12,6 +12,8 @@
 #define NANOCU_NO_MAIN
 #include "../../nano.cu"
 
+#include "../chapters/all.hpp"
+
 #include "http.hpp"
 #include "settings.hpp"
 
