@@ -757,7 +757,7 @@ protected:
         streamed_rows = rows;
         if (!stale) return;
         streamed_steps = 0;
-        check(cudaMemsetAsync(memory, 0, words_bytes, this->stream), "words");
+        check(cudaMemsetAsync(words, 0, words_bytes, this->stream), "words");
     }
 
     // A step of up to s.rows rows, up to its logits.
@@ -810,36 +810,24 @@ protected:
         arguments.emplace(StepArrays(), c);
         arguments->embedding = this->embed_table, arguments->drawn = this->drawn;
         arguments->logits = this->logits, arguments->delays = 0;
-        const size_t bytes = lay_out(0);
-        memory = this->template make<char>(std::max<size_t>(bytes, 2 << 20));  // pages of its own
-        lay_out(uintptr_t((char*)memory));
+        arguments->attn_norms = this->attn_norms, arguments->mlp_norms = this->mlp_norms;
+        arguments->q_norms = this->q_norms, arguments->k_norms = this->k_norms;
+        arguments->bias = this->biases, arguments->inv_freq = this->inv_freq;
+        words_bytes = place_words(0);
+        words = this->template make<char>(words_bytes);
+        place_words(uintptr_t((char*)words));
     }
 
-    // Places the words, and copies of what else every layer reads, behind one another at an
-    // address; 0: only measures. Returns where they end. So they lie in one page of the GPU's
-    // memory, whose address each SM keeps at hand while weights from hundreds of pages pass by.
-    uintptr_t lay_out(uintptr_t at) {
+    // Places the words at an address; 0: only measures. Returns where they end.
+    uintptr_t place_words(uintptr_t at) {
         const Shape& c = this->c;
-        const size_t D = c.hidden, L = c.layers, HD = c.head_dim, rows = kStreamRows;
+        const size_t rows = kStreamRows, units = std::max<size_t>(blocks, rows * c.kv_heads);
         StreamArguments& a = *arguments;
         Carver carver = {at};
-        carver.take(a.parts, std::max<size_t>(blocks, rows * c.kv_heads) * c.q_dim() / c.kv_heads);
-        carver.take(a.squares, rows * kStreamBlocks);
-        carver.take(a.x, rows * D), carver.take(a.qkv, rows * c.qkv_dim());
-        carver.take(a.att, rows * c.q_dim()), carver.take(a.h, rows * c.intermediate);
-        carver.take(a.step, 1);
-        words_bytes = carver.at - at;
-        auto keep = [&](const float*& to, const float* from, size_t count) {
-            float* copy = nullptr;
-            if (from) carver.take(copy, count);
-            if (from && at) check(cudaMemcpy(copy, from, count * sizeof(float),
-                                             cudaMemcpyDeviceToDevice), "norms");
-            to = copy;
-        };
-        keep(a.attn_norms, this->attn_norms, (L + 1) * D);
-        keep(a.mlp_norms, this->mlp_norms, L * D), keep(a.inv_freq, this->inv_freq, HD / 2);
-        keep(a.q_norms, this->q_norms, L * HD), keep(a.k_norms, this->k_norms, L * HD);
-        keep(a.bias, this->biases, L * c.qkv_dim());
+        carver.take(a.parts, units * c.group() * c.head_dim);
+        carver.take(a.squares, rows * kStreamBlocks), carver.take(a.x, rows * c.hidden);
+        carver.take(a.qkv, rows * c.qkv_dim()), carver.take(a.att, rows * c.q_dim());
+        carver.take(a.h, rows * c.intermediate), carver.take(a.step, 1);
         return carver.at;
     }
 
@@ -882,7 +870,7 @@ protected:
     std::optional<StreamArguments> arguments;
     StreamMaps maps;
     size_t words_bytes = 0;
-    typename Base::template Array<char> memory;  // words, and behind them norms
+    typename Base::template Array<char> words;
 };
 
 }  // namespace cuda
