@@ -46,7 +46,7 @@ define compile_gpu
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build plain gpu install model test test-exercises test-team test-arm64 test-gpu \
+.PHONY: help demo build plain plain-bench gpu install model test test-exercises test-team test-arm64 test-gpu \
     test-sanitize docs-check guide lines packages arm64-packages tools browser clean distclean
 
 help:
@@ -69,6 +69,15 @@ build/plain/nanocu: $(SOURCES) | packages
 	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
 
 build/plain-gpu/nanocu: $(SOURCES) | packages
+	$(call compile_gpu,-O3 -DNDEBUG)
+
+# What bench measures with --without all still has the chapters' layout of pages; this has the plain one.
+plain-bench: build/plain$(if $(NVCC),-gpu)/bench  ## the same with the command bench in it
+
+build/plain/bench: tests/plain_bench.cu $(SOURCES) $(PARTS) | packages
+	$(call compile,-O3 -DNDEBUG,$(PORTABLE))
+
+build/plain-gpu/bench: tests/plain_bench.cu $(SOURCES) $(PARTS) | packages
 	$(call compile_gpu,-O3 -DNDEBUG)
 
 gpu: build/gpu/nanocu build/gpu/nanocu-serve  ## both with the GPU in them, in build/gpu; needs nvcc

@@ -1558,8 +1558,10 @@ class CudaDevice : public Forward<Cuda> {
 public:
     CudaDevice(const Model& m, const DeviceOptions& o, PageLayout keys, PageLayout values)
         : Forward<Cuda>(m, o, keys, values), options(o) {
-        // there are several parts only of fewer than kTeams (row, kv head) pairs
-        partial = make<float>(size_t(2) * kTeams * c.group() * (c.head_dim + 2));
+        // There are several parts only of fewer than kTeams (row, kv head) pairs. At least 8 heads:
+        // an array of over 2 MiB has pages of its own, and small ones that are read all the time
+        // stay together in theirs.
+        partial = make<float>(size_t(2) * kTeams * std::max(c.group(), 8) * (c.head_dim + 2));
     }
     ~CudaDevice() override { cudaStreamSynchronize(uploads), cudaStreamSynchronize(stream); }
 
