@@ -448,7 +448,6 @@ private:
     int requests = 0;
 };
 
-
 // =============================================================================================
 // 3. The ops, for a team
 //    Each op is a struct: its fields are what it works on, and a call does one unit of the work (a
@@ -1558,6 +1557,9 @@ class CudaDevice : public Forward<Cuda> {
 public:
     CudaDevice(const Model& m, const DeviceOptions& o, PageLayout keys, PageLayout values)
         : Forward<Cuda>(m, o, keys, values), options(o) {
+        if (c.head_dim > kMostHeadDim)
+            fail("config.json: head_dim ", c.head_dim, " is over ", kMostHeadDim, ", too much for "
+                 "the GPU's attention; use --device cpu");
         // There are several parts only of fewer than kTeams (row, kv head) pairs. At least 8 heads:
         // an array of over 2 MiB has pages of its own, and small ones that are read all the time
         // stay together in theirs.
@@ -1627,6 +1629,7 @@ protected:
     static constexpr size_t kMargin = 1 << 30;  // of memory that is left to others
     static constexpr int kTeams = 264;   // blocks that attention should make, to use the whole GPU
     static constexpr int kMaxParts = 32;  // of a context
+    static constexpr int kMostHeadDim = 256;  // 8 components for each of the 32 lanes of a warp
 
     void attend(const StepArrays& s, int layer) override {
         if (s.tiles) attend_prompts(s, layer);

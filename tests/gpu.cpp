@@ -610,6 +610,10 @@ TEST_CASE("gpu: what does not fit is told in a line, and nothing of it stays in 
         Model m = random_model("Llama", 1024, 32768, 8, 8, 128);  // of 420 MiB
         refuse(m, o, size_t(300) << 20, "MiB do not fit into the ");
     }
+    SUBCASE("heads that are too wide") {
+        Model m = random_model("Llama", 512, 512, 1, 1, 512);
+        refuse(m, on_gpu(4), 0, "head_dim 512 is over 256");
+    }
     SUBCASE("a GPU that is not there") {
         int gpus = 0;
         check(cudaGetDeviceCount(&gpus), "test");
