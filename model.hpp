@@ -755,7 +755,7 @@ private:
     const bf16* make_up(uint64_t count, bool ones) {
         uint64_t seed = memory.size() << 40;
         return own(count, [=](uint64_t i) {
-            uint64_t z = (seed + i) * 0x9E3779B97F4A7C15;  // splitmix64 (Steele et al. 2014)
+            uint64_t z = (seed + i) * 0x9E3779B97F4A7C15;  // as in splitmix64 (Steele et al. 2014)
             z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
             return ones ? 1 : 0.0346f * float(int32_t(z >> 32)) / 0x1p31f;
         });

@@ -84,7 +84,7 @@ struct Device {
     virtual ~Device() = default;
     virtual size_t block_bytes() const = 0;
     size_t token_bytes() const { return block_bytes() / kBlockSize; }
-    virtual size_t free_memory() const = 0;  // what KV memory may take by default
+    virtual size_t free_memory() const = 0;  // what the cache may take, if nothing else is said
     virtual void reserve(int blocks) = 0;
     virtual void launch(Step& step) = 0;
     virtual void wait(Step& step) = 0;  // until the draws of this one, the oldest, are made
@@ -160,7 +160,8 @@ struct Flight {  // a step that was launched, or is about to be
 };
 
 struct EngineOptions {
-    size_t kv_memory = 0;       // bytes; 0: a quarter of the machine's, if max_rows can use it
+    size_t kv_memory = 0;       // bytes; 0: a quarter of the machine's, on a GPU nearly all that is
+                                // free, if max_rows can use it
     int max_context = INT_MAX;  // tokens of a sequence; never more than the model's
     int max_rows = 0;           // sequences running at a time; 0: 64, on a GPU 256
     int chunk = 0;              // tokens computed in a step; 0: 512, on a GPU 8192
@@ -414,6 +415,7 @@ private:
         device->wait(*flight.step);
         for (Part& part : flight.parts) {
             Sequence& s = *part.sequence;
+            if (s.ended) continue;  // while this was on its way; its blocks may be another's by now
             int full = std::min(s.computed, s.known());
             if (full > s.published) cache.publish(s.ids, s.table, s.published, full);
             s.published = std::max(s.published, full);
@@ -491,8 +493,8 @@ NANOCU_BOTH inline float inverse_root(float x) {
 NANOCU_BOTH inline float exp_fast(float x) { return exp2f(1.44269504f * x); }
 
 // How a page lies in memory. A page holds the keys, or the values, of one kv head in one block: HD
-// numbers for each of 16 slots. One slot further is so many numbers further, eight slots so many,
-// and the same for components of the head.
+// numbers for each of 16 slots. Chapters keep pages in squares of 8 slots by 8 components, so there
+// are four strides: to the next slot, to the eighth behind it, and the same for components.
 struct PageLayout {
     int slot, eight_slots, dim, eight_dims;
 
@@ -549,17 +551,17 @@ struct Tile {
 // on the host and on the device.
 struct StepArrays {
     struct Header {
-        int rows, table_width, decodes, tiles;  // that there are
+        int rows, table_width, decodes, tiles;  // how many this step really has
     };
-    // So many are worked on: as many as there are, or more, when the step is one for any number of
-    // rows up to this (a captured graph); what is too much is passed over.
+    // How many the ops are run for. In a captured graph, which serves any step of up to so many
+    // rows, these are more than the header's; ops return at once for units that the step has not.
     int rows = 0, decodes = 0, tiles = 0, draws = 0, logits = 0;
     bool one_each = false;  // each row is a sequence's newest token, and has a draw
     Header* header;
     DrawKey* keys;        // [draws]
-    Tile* prompts;        // [tiles]: rows of sequences that have several in this step
+    Tile* prompts;        // [tiles]: the rows of sequences that have several in this step
     int *ids, *positions, *sequence, *logit_rows;  // [T]
-    int* single;          // [decodes]: rows of sequences that have one, the longest context first
+    int* single;          // [decodes]: the others, one a sequence, the longest context first
     int* tables;          // [sequences, table_width]
 
     NANOCU_BOTH const int* table(int row) const {
@@ -749,7 +751,7 @@ struct AttendAlone {
 
 constexpr int kMostQueries = 4;  // of a unit of the op below: more would not fit into registers
 
-// Rows of a prompt that make a tile for it: so many queries of a kv head, or one row's.
+// A tile of a prompt has so many rows as give kMostQueries queries for a kv head, but at least one.
 NANOCU_BOTH inline int tile_rows_of(const Shape& c) {
     return c.group() < kMostQueries ? kMostQueries / c.group() : 1;
 }
@@ -773,7 +775,7 @@ struct Attend {
     int layer, parts;
     bool of_prompts;        // the tiles are s.prompts; else each row of s.single is one
     const Real *qkv, *kv;
-    float* partial;         // [tiles, H, parts, HD + 2]: values, largest score, sum; rows of one
+    float* partial;         // [decodes, H, parts, HD + 2]: values, largest score, sum
     Real* att;              // [T, H HD]
 
     static constexpr size_t scratch(int head_dim) {
@@ -788,6 +790,7 @@ struct Attend {
         int seen = 0;  // tokens that the query sees
     };
 
+    // unit = ((tile * cuts + cut) * KV + kv head) * parts + part
     template <class Team>
     NANOCU_BOTH void operator()(Team& team, int unit) const {
         const int at = unit / parts / c.kv_heads, part = unit % parts;
@@ -1146,7 +1149,8 @@ protected:
 
     // ----- A step's arrays, in the host's memory or in the device's.
 
-    // Where they lie behind at. Chapters add their own.
+    // Sets the pointers of s into memory that begins where the carver stands. Chapters add their
+    // own arrays; the block tables come last, behind all of them.
     virtual void carve(Carver& carver, StepArrays& s) {
         carver.take(s.header, 1), carver.take(s.keys, s.draws), carver.take(s.prompts, s.rows);
         for (int** array : {&s.ids, &s.positions, &s.sequence, &s.logit_rows, &s.single})
@@ -1403,8 +1407,8 @@ int count_gpus() {
     return error == cudaSuccess ? gpus : 0;
 }
 
-// Until the kernel before this one has written its results; before that, nothing of them is read.
-// The kernel behind this one may be set up meanwhile (programmatic dependent launch, Hopper).
+// Waits until the kernel before this one has ended, so that its results can be read. The kernel
+// behind this one may be set up meanwhile (programmatic dependent launch, from Hopper on).
 __device__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
@@ -1437,6 +1441,7 @@ protected:
             fail("GPU: ", name, " is older than compute capability 8.0; use --device cpu");
         cudaFuncAttributes code;
         check(cudaFuncGetAttributes(&code, on_blocks<Embed>), "no code for this GPU in here");
+        kernels_wait = code.ptxVersion >= 90;
         stream = new_stream(), uploads = new_stream();
         cublasHandle_t handle;
         if (cublasCreate(&handle)) fail("CUDA: cuBLAS does not start");
@@ -1487,8 +1492,8 @@ protected:
         attributes[0].val.programmaticStreamSerializationAllowed = 1;
         attributes[1].id = cudaLaunchAttributeClusterDimension;
         attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
-        cudaLaunchConfig_t config = {grid, dim3(threads), shared, stream, attributes,
-                                     cluster > 1 ? 2u : 1u};
+        const unsigned count = cluster > 1 ? 2 : kernels_wait;
+        cudaLaunchConfig_t config = {grid, dim3(threads), shared, stream, attributes, count};
         check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "kernel");
     }
 
@@ -1545,6 +1550,7 @@ protected:
     }
 
     const int ordinal;
+    bool kernels_wait = false;  // for each other, by themselves: see wait_for_previous
     Owned<cudaStream_t, cudaStreamDestroy> stream, uploads;
     Owned<cublasHandle_t, cublasDestroy> blas;
     Array<char> workspace;
@@ -1560,9 +1566,10 @@ public:
         if (c.head_dim > kMostHeadDim)
             fail("config.json: head_dim ", c.head_dim, " is over ", kMostHeadDim, ", too much for "
                  "the GPU's attention; use --device cpu");
-        // There are several parts only of fewer than kTeams (row, kv head) pairs. At least 8 heads:
-        // an array of over 2 MiB has pages of its own, and small ones that are read all the time
-        // stay together in theirs.
+        // Several parts are made only of fewer than kTeams (row, kv head) pairs, so of all pairs
+        // together there are fewer than 2 kTeams parts, each of the pair's query heads. Room for 8
+        // heads at least makes this array large, and keeps it away from the small ones, which are
+        // read all the time.
         partial = make<float>(size_t(2) * kTeams * std::max(c.group(), 8) * (c.head_dim + 2));
     }
     ~CudaDevice() override { cudaStreamSynchronize(uploads), cudaStreamSynchronize(stream); }
@@ -1575,7 +1582,7 @@ public:
 
     void reserve(int blocks) override {
         kv = make<bf16>(blocks * c.block_numbers());
-        // slots without a token may be read, and weighted with 0; but 0 times a NaN is a NaN
+        // a chapter may read slots without a token, and weight them with 0; 0 times NaN is NaN
         check(cudaMemsetAsync(kv, 0, blocks * block_bytes(), stream), "KV memory");
         bytes = array_bytes(options);
         for (Buffer& b : buffers) {
@@ -1586,8 +1593,8 @@ public:
         }
     }
 
-    // A step is a captured graph if its sequences have one row each, which is drawn from, and if
-    // the host has nothing to do with its logits.
+    // A step is a captured graph if its sequences, up to kLogitRows, have one row each, which is
+    // drawn from, and no draw needs the host.
     void launch(Step& step) override {
         const int T = step.tokens();
         const bool host = std::ranges::any_of(step.draws, needs_host);
@@ -1704,7 +1711,8 @@ protected:
     }
     static bool needs_host(const Draw& d) { return d.logprobs >= 0 || d.sampling.has_penalties(); }
 
-    // Puts a step where kernels see it. rows: at least its own; the ones behind them do nothing.
+    // Puts a step where kernels see it. rows: at least its own; those behind them are computed,
+    // but nobody reads what comes out.
     StepArrays upload(Step& step, int rows, bool one_each, bool captured) {
         step.buffer = turn = !turn;
         Buffer& b = buffers[turn];
@@ -1726,7 +1734,8 @@ protected:
         check(cudaStreamWaitEvent(stream, b.uploaded), "upload");
         return s;
     }
-    // Makes a step into one for any decodes of so many rows.
+    // Sets how many the ops are run for in a captured graph, which serves all decodes of up to so
+    // many rows.
     virtual void generalize(StepArrays& s) { s.decodes = s.logits = s.rows; }
     void place(StepArrays& s, char* at) {
         Carver carver = {uintptr_t(at)};
@@ -1800,7 +1809,7 @@ struct Devices {
         const PageLayout pages = PageLayout::by_token(m.config.head_dim);
         return std::make_unique<CudaDevice>(m, o, pages, pages);
 #else
-        fail("GPU: this build has no code for it", m.layers.size() + o.ordinal);
+        fail("GPU: this build has no code for it (", m.config.type, ", cuda:", o.ordinal, ")");
 #endif
     };
 };

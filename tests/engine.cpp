@@ -457,6 +457,58 @@ TEST_CASE("requests that are scored together have each its own log-probabilities
     }
 }
 
+// A CPU that is as late as a GPU: the engine learns a step's ids one step later, and until then the
+// next step takes them from where the device left them.
+struct LateDevice : CpuDevice {
+    using CpuDevice::CpuDevice;
+    void launch(Step& step) override {
+        CpuDevice::launch(step);
+        for (size_t i = 0; i < step.drawn.size() && i < max_draws; i++)
+            drawn[i] = step.drawn[i].id;
+    }
+};
+
+TEST_CASE("a device that overlaps: sequences that end while they are on their way leave nothing behind") {
+    TinyModel m;
+    auto make = devices.cpu;
+    devices.cpu = [](const Model& m, const DeviceOptions& o) -> std::unique_ptr<Device> {
+        const PageLayout pages = PageLayout::by_token(m.config.head_dim);
+        auto device = std::make_unique<LateDevice>(m, o, pages, pages);
+        device->overlaps = true;
+        return device;
+    };
+    EngineOptions plain = options(m, 30);
+    plain.prefix_cache = false, plain.without = {};
+    Engine late(m, options(m, 7, 16, 3));  // so few blocks that one that is given back is taken at once
+    devices.cpu = [](const Model& m, const DeviceOptions& o) -> std::unique_ptr<Device> {
+        const PageLayout pages = PageLayout::by_token(m.config.head_dim);
+        return std::make_unique<CpuDevice>(m, o, pages, pages);
+    };
+    Engine alone(m, plain);
+    devices.cpu = make;
+    std::vector<Request> requests;
+    for (int i = 0; i < 120; i++) {
+        Request r = drawing(prompt_of(1 + i * 7 % 40, i % 3), 40, i);
+        r.logprobs = -1;
+        requests.push_back(r);
+    }
+    // every request ends by an id of its own, somewhere in its text, at any place of a block
+    for (int i = 0; i < 120; i += 3) {
+        m.config.eos.clear();
+        m.config.eos = {run_one(alone, requests[i]).ids.at(i % 40)};
+        std::vector<Request> three(requests.begin() + i, requests.begin() + i + 3);
+        auto results = run_all(late, three);
+        for (int j = 0; j < 3; j++) {
+            Finished want = run_one(alone, three[j]);
+            CAPTURE(i + j);
+            CHECK(results[{j, 0}].ids == want.ids);
+            CHECK(results[{j, 0}].finish == want.finish);
+        }
+        REQUIRE(all_free(late));
+    }
+    m.config.eos.clear();
+}
+
 TEST_CASE("200 random requests, some stopped, in little memory: each as if alone, no block lost") {
     TinyModel m;
     const int count = kSanitized ? 60 : 200;

