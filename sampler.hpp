@@ -213,7 +213,7 @@ struct Block {
     }
 
 private:
-    // Lane i of every warp gets what warp i has; if there is no such warp, it gets none.
+    // Lane i of every warp gets the value of warp i, or `none` if there is no such warp.
     template <class T> __device__ T of_warps(T value, T none) {
         __shared__ T values[32];
         if (rank % 32 == 0) values[rank / 32] = value;
@@ -232,11 +232,11 @@ private:
 constexpr int kBins = 2048;  // of a histogram
 constexpr int kParts = 256;  // into which ids are cut in search of the one that is drawn
 
-// Where the sum of a histogram's bins, from the highest down, reaches what is needed: in this bin,
-// of which need is needed, and inside is there.
+// Where the sum of a histogram's bins, added up from the highest down, reaches what is needed.
 struct Found {
     int bin;
-    uint64_t need, inside;
+    uint64_t need;    // how much of this bin is still needed
+    uint64_t inside;  // how much this bin has
 };
 
 // What a draw keeps in the team's scratch.
@@ -307,8 +307,8 @@ NANOCU_BOTH Found find_bin(Team& team, Need need_of) {
     return found;
 }
 
-// Raises c.least so far that the candidates left just reach need_of(total), in the sum of what
-// amount(id, logit) is for each.
+// Raises c.least as far as it goes while the candidates that are left still add up to
+// need_of(total). What is added up is amount(id, logit) of each; total is the sum over all of them.
 template <class Team, class Amount, class Need>
 NANOCU_BOTH void cut(Team& team, Candidates& c, Amount amount, Need need_of) {
     uint64_t last_key = 0, known = 0;  // of the last candidate left; which of its bits are known
