@@ -1157,6 +1157,13 @@ protected:
             carver.take(*array, s.rows);
     }
 
+    // Sets all pointers of s into memory that begins at an address.
+    void place(StepArrays& s, char* at) {
+        Carver carver = {uintptr_t(at)};
+        carve(carver, s);
+        s.tables = (int*)carver.at;
+    }
+
     // How many bytes a step can take, with all its block tables.
     size_t array_bytes(const DeviceOptions& o) {
         StepArrays s;
@@ -1244,7 +1251,6 @@ inline void widen(const bf16* from, int count, float* to) {
 
 class Cpu : public Device {
 protected:
-    using Team = OneThread;
     using Real = float;
     static constexpr int kLogitRows = 64;  // rows whose logits are in memory at a time
 
@@ -1353,9 +1359,7 @@ public:
         StepArrays s;
         s.rows = step.tokens();
         s.logits = int(step.logit_rows.size());
-        Carver carver = {uintptr_t((char*)arrays)};
-        carve(carver, s);
-        s.tables = (int*)carver.at;
+        place(s, arrays);
         fill(s, step);
         #pragma omp parallel
         if (!decode_step(s)) forward(s);
@@ -1426,7 +1430,6 @@ __global__ void __launch_bounds__(Op::kThreads) on_blocks(const __grid_constant_
 
 class Cuda : public Device {
 protected:
-    using Team = Block;
     using Real = bf16;
     static constexpr int kLogitRows = 256;  // of a captured step, and whose logits are in memory
     static constexpr size_t kWorkspace = 64 << 20;  // of cuBLAS
@@ -1722,10 +1725,10 @@ protected:
         if (size_t(s.draws) > max_draws)
             fail("GPU: ", s.draws, " samples at a time, room for ", max_draws, "; lower --samples");
         place(s, b.host);
-        fill(s, step);
-        fill_keys(s, step);
         const size_t used = (char*)(s.tables + step.tables.size()) - b.host;
         if (used > bytes) fail("GPU: a step of ", used, " bytes, room for ", bytes);
+        fill(s, step);
+        fill_keys(s, step);
         s.logits = int(step.logit_rows.size());
         if (captured) generalize(s);
         place(s, b.device);
@@ -1737,11 +1740,6 @@ protected:
     // Sets how many the ops are run for in a captured graph, which serves all decodes of up to so
     // many rows.
     virtual void generalize(StepArrays& s) { s.decodes = s.logits = s.rows; }
-    void place(StepArrays& s, char* at) {
-        Carver carver = {uintptr_t(at)};
-        carve(carver, s);
-        s.tables = (int*)carver.at;
-    }
     static void fill_keys(StepArrays& s, const Step& step) {
         for (int i = 0; i < s.draws; i++) s.keys[i] = {};
         for (size_t i = 0; i < step.draws.size(); i++) {
